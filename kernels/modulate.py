@@ -1,0 +1,621 @@
+"""theta - relu(row ⊗ col) ⊙ grad in one pass over memory, with exact first and second derivatives.
+
+Shapes, everywhere in this file (T tasks; one n1 x n2 matrix per adapted tensor of the network):
+    theta (T, n1, n2)   parameters before the step, often one (n1, n2) matrix shared by all tasks
+    g     (T, n1, n2)   inner gradient (`grad`)            a (T, n1)  left factor  (`row`), alpha folded in
+    y     (T, n1, n2)   output (`out`)                     b (T, n2)  right factor (`col`)
+
+Forward, with s = -1 for `modulated_step` and s = +1 and no theta for `modulate`:
+    m_ij = relu(a_i b_j)      h_ij = 1[a_i b_j > 0]
+    y    = theta + s m ⊙ g
+Backward, given G = dL/dy:
+    d_theta = G               (its sum over tasks where theta is shared: the expand's own derivative)
+    d_g     = s m ⊙ G
+    d_a_i   = s sum_j h_ij b_j g_ij G_ij
+    d_b_j   = s sum_i h_ij a_i g_ij G_ij
+Double backward, given the cotangents X, p, q of d_g, d_a, d_b, with mdot_ij = h_ij (p_i b_j + a_i q_j):
+    to G    = s (m ⊙ X + mdot ⊙ g)
+    to g    = s mdot ⊙ G
+    to a_i  = s sum_j h_ij G_ij (b_j X_ij + q_j g_ij)
+    to b_j  = s sum_i h_ij G_ij (a_i X_ij + p_i g_ij)
+The derivative of h is zero almost everywhere; at a_i b_j = 0 relu's subgradient 0 is used, as PyTorch does.
+relu is positively homogeneous, so a step size alpha >= 0 is folded into `row` by the caller:
+alpha relu(a b^T) = relu((alpha a) b^T), and a learnable alpha gets its exact gradient from that product.
+
+All tensors of a list share each launch: at Conv-4 sizes a launch costs more than its memory traffic. The sums
+over j and i are made in two stages without atomics (each tile writes its partial sums, a second kernel adds
+them in a fixed order), so repeated runs agree bit for bit.
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+from torch.autograd import Function
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                      # a machine without a GPU: the eager path needs no Triton
+    triton = tl = None
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_TENSORS_PER_LAUNCH = 8               # a kernel holds one copy of its code per tensor
+TILE = 1024                              # elements: the largest whose double backward spills no register
+SUM_BLOCK = (16, 64)                     # (partial sums, vector entries) added at a time by the second stage
+# Fusion of multiply and add is named because Triton's default for it is changing.
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Triton kernels. Pointers come as tuples with one entry per tensor k. SHAPES[k] = (n1, n2); BLOCKS[k] =
+# (tile rows, tile columns, tiles a program walks down); tensor k owns programs FIRST[k] to FIRST[k + 1] - 1
+# of each task; its partial sums start at OFFSETS[k] = (of a, of b) in a task's WIDTH entries of `partial`.
+# ---------------------------------------------------------------------------------------------------------
+
+if triton is not None:
+
+    @triton.jit
+    def _relu(x):
+        return tl.where(x <= 0, 0.0, x)                  # not a maximum: that would turn a NaN into 0
+
+    @triton.jit
+    def _span(index, BLOCK: tl.constexpr, N: tl.constexpr):
+        """Return the BLOCK coordinates of block `index` and which of them are below N."""
+        at = index * BLOCK + tl.arange(0, BLOCK)
+        return at, at < N
+
+    @triton.jit
+    def _forward_tiles(theta, grad, row, col, out, task, tile, SHAPE: tl.constexpr, BLOCK: tl.constexpr,
+                       THETA_STRIDE: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPE[0]
+        N2: tl.constexpr = SHAPE[1]
+        COL_TILES: tl.constexpr = (N2 + BLOCK[1] - 1) // BLOCK[1]
+        j, j_in = _span(tile % COL_TILES, BLOCK[1], N2)
+        b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
+        for step in range(BLOCK[2]):
+            i, i_in = _span((tile // COL_TILES) * BLOCK[2] + step, BLOCK[0], N1)
+            at = i[:, None] * N2 + j[None, :]
+            inside = i_in[:, None] & j_in[None, :]
+            a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
+            g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            y = _relu(a[:, None] * b[None, :]) * g
+            if STEP:
+                y = tl.load(theta + task * THETA_STRIDE + at, inside, 0.0).to(ACC) - y
+            tl.store(out + task * (N1 * N2) + at, y.to(out.dtype.element_ty), inside)
+
+    @triton.jit
+    def _forward_kernel(
+        theta,                           # read   (T, n1, n2) each, or (n1, n2) where THETA_STRIDES[k] is 0
+        grad,                            # read   (T, n1, n2) each
+        row,                             # read   (T, n1) each
+        col,                             # read   (T, n2) each
+        out,                             # write  (T, n1, n2) each
+        SHAPES: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr,
+        THETA_STRIDES: tl.constexpr,     # elements from one task's theta to the next
+        STEP: tl.constexpr,              # True: theta - m ⊙ g; False: m ⊙ g, theta is not read
+        ACC: tl.constexpr,               # arithmetic type: float32, or float64 for float64 tensors
+    ):
+        program = tl.program_id(0)
+        PROGRAMS: tl.constexpr = FIRST[len(grad)]
+        task = (program // PROGRAMS).to(tl.int64)        # 64 bits: T n1 n2 may pass 2**31
+        tile = program % PROGRAMS
+        for k in tl.static_range(len(grad)):
+            if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
+                _forward_tiles(theta[k], grad[k], row[k], col[k], out[k], task, tile - FIRST[k], SHAPES[k],
+                               BLOCKS[k], THETA_STRIDES[k], STEP, ACC)
+
+    @triton.jit
+    def _backward_tiles(out_grad, grad, row, col, d_grad, partial, task, tile, SHAPE: tl.constexpr,
+                        BLOCK: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr, SIGN: tl.constexpr,
+                        ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPE[0]
+        N2: tl.constexpr = SHAPE[1]
+        COL_TILES: tl.constexpr = (N2 + BLOCK[1] - 1) // BLOCK[1]
+        partial += task * WIDTH
+        j, j_in = _span(tile % COL_TILES, BLOCK[1], N2)
+        b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
+        d_b = tl.zeros((BLOCK[1],), ACC)
+        for step in range(BLOCK[2]):
+            i, i_in = _span((tile // COL_TILES) * BLOCK[2] + step, BLOCK[0], N1)
+            at = i[:, None] * N2 + j[None, :]
+            inside = i_in[:, None] & j_in[None, :]
+            a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
+            g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            G = tl.load(out_grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            product = a[:, None] * b[None, :]
+            d_g = SIGN * (_relu(product) * G)
+            tl.store(d_grad + task * (N1 * N2) + at, d_g.to(d_grad.dtype.element_ty), inside)
+            open_gG = SIGN * tl.where(product <= 0, 0.0, g * G)
+            d_a = tl.sum(open_gG * b[None, :], 1)
+            tl.store(partial + OFFSET[0] + (tile % COL_TILES) * N1 + i, d_a, i_in)
+            d_b += tl.sum(open_gG * a[:, None], 0)
+        tl.store(partial + OFFSET[1] + (tile // COL_TILES) * N2 + j, d_b, j_in)
+
+    @triton.jit
+    def _backward_kernel(
+        out_grad,                        # read   (T, n1, n2) each: G
+        grad,                            # read   (T, n1, n2) each
+        row,                             # read   (T, n1) each
+        col,                             # read   (T, n2) each
+        d_grad,                          # write  (T, n1, n2) each
+        partial,                         # write  (T, WIDTH): sums over one tile of the terms of d_a and d_b
+        SHAPES: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr, OFFSETS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        SIGN: tl.constexpr,              # s
+        ACC: tl.constexpr,               # arithmetic type, also that of `partial`
+    ):
+        program = tl.program_id(0)
+        PROGRAMS: tl.constexpr = FIRST[len(grad)]
+        task = (program // PROGRAMS).to(tl.int64)
+        tile = program % PROGRAMS
+        for k in tl.static_range(len(grad)):
+            if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
+                _backward_tiles(out_grad[k], grad[k], row[k], col[k], d_grad[k], partial, task,
+                                tile - FIRST[k], SHAPES[k], BLOCKS[k], OFFSETS[k], WIDTH, SIGN, ACC)
+
+    @triton.jit
+    def _double_backward_tiles(out_grad, grad, row, col, x, p, q, to_out_grad, to_grad, partial, task, tile,
+                               SHAPE: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr,
+                               WIDTH: tl.constexpr, HAS_X: tl.constexpr, SIGN: tl.constexpr,
+                               ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPE[0]
+        N2: tl.constexpr = SHAPE[1]
+        COL_TILES: tl.constexpr = (N2 + BLOCK[1] - 1) // BLOCK[1]
+        partial += task * WIDTH
+        j, j_in = _span(tile % COL_TILES, BLOCK[1], N2)
+        b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
+        dot_b = tl.load(q + task * N2 + j, j_in, 0.0).to(ACC)
+        to_b = tl.zeros((BLOCK[1],), ACC)
+        for step in range(BLOCK[2]):
+            i, i_in = _span((tile // COL_TILES) * BLOCK[2] + step, BLOCK[0], N1)
+            at = i[:, None] * N2 + j[None, :]
+            inside = i_in[:, None] & j_in[None, :]
+            a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
+            dot_a = tl.load(p + task * N1 + i, i_in, 0.0).to(ACC)
+            g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            G = tl.load(out_grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            product = a[:, None] * b[None, :]
+            m_dot = tl.where(product <= 0, 0.0, dot_a[:, None] * b[None, :] + a[:, None] * dot_b[None, :])
+            open_G = SIGN * tl.where(product <= 0, 0.0, G)
+            to_G = m_dot * g
+            to_a = open_G * (dot_b[None, :] * g)
+            to_b_terms = open_G * (dot_a[:, None] * g)
+            if HAS_X:
+                X = tl.load(x + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+                to_G += _relu(product) * X
+                to_a += open_G * (b[None, :] * X)
+                to_b_terms += open_G * (a[:, None] * X)
+            to_G = (SIGN * to_G).to(to_out_grad.dtype.element_ty)
+            to_g = (SIGN * m_dot * G).to(to_grad.dtype.element_ty)
+            tl.store(to_out_grad + task * (N1 * N2) + at, to_G, inside)
+            tl.store(to_grad + task * (N1 * N2) + at, to_g, inside)
+            tl.store(partial + OFFSET[0] + (tile % COL_TILES) * N1 + i, tl.sum(to_a, 1), i_in)
+            to_b += tl.sum(to_b_terms, 0)
+        tl.store(partial + OFFSET[1] + (tile // COL_TILES) * N2 + j, to_b, j_in)
+
+    @triton.jit
+    def _double_backward_kernel(
+        out_grad,                        # read   (T, n1, n2) each: G
+        grad,                            # read   (T, n1, n2) each
+        row,                             # read   (T, n1) each
+        col,                             # read   (T, n2) each
+        x,                               # read   (T, n1, n2) each where HAS_X: cotangent of d_g
+        p,                               # read   (T, n1) each: cotangent of d_a
+        q,                               # read   (T, n2) each: cotangent of d_b
+        to_out_grad,                     # write  (T, n1, n2) each
+        to_grad,                         # write  (T, n1, n2) each
+        partial,                         # write  (T, WIDTH): sums over one tile of the terms to a and to b
+        SHAPES: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr, OFFSETS: tl.constexpr,
+        WIDTH: tl.constexpr, HAS_X: tl.constexpr, SIGN: tl.constexpr, ACC: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        PROGRAMS: tl.constexpr = FIRST[len(grad)]
+        task = (program // PROGRAMS).to(tl.int64)
+        tile = program % PROGRAMS
+        for k in tl.static_range(len(grad)):
+            if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
+                _double_backward_tiles(out_grad[k], grad[k], row[k], col[k], x[k], p[k], q[k], to_out_grad[k],
+                                       to_grad[k], partial, task, tile - FIRST[k], SHAPES[k], BLOCKS[k],
+                                       OFFSETS[k], WIDTH, HAS_X, SIGN, ACC)
+
+    @triton.jit
+    def _sum_block(partial, vector, task, block, SUM: tl.constexpr, SUM_BLOCK: tl.constexpr):
+        COUNT: tl.constexpr = SUM[1]
+        N: tl.constexpr = SUM[2]
+        i, i_in = _span(block, SUM_BLOCK[1], N)
+        total = tl.zeros((SUM_BLOCK[1],), partial.dtype.element_ty)
+        for part in range((COUNT + SUM_BLOCK[0] - 1) // SUM_BLOCK[0]):
+            c, c_in = _span(part, SUM_BLOCK[0], COUNT)
+            inside = c_in[:, None] & i_in[None, :]
+            total += tl.sum(tl.load(partial + SUM[0] + c[:, None] * N + i[None, :], inside, 0.0), 0)
+        tl.store(vector + task * N + i, total.to(vector.dtype.element_ty), i_in)
+
+    @triton.jit
+    def _sum_kernel(
+        partial,                         # read   (T, WIDTH)
+        vectors,                         # write  (T, n) each: all row results, then all column results
+        SUMS: tl.constexpr,              # per vector (where its partial sums start, their count, n)
+        SUM_FIRST: tl.constexpr,         # vector v owns programs SUM_FIRST[v] to SUM_FIRST[v + 1] - 1
+        WIDTH: tl.constexpr, SUM_BLOCK: tl.constexpr,
+    ):
+        program = tl.program_id(0)
+        PROGRAMS: tl.constexpr = SUM_FIRST[len(vectors)]
+        task = (program // PROGRAMS).to(tl.int64)
+        block = program % PROGRAMS
+        for v in tl.static_range(len(vectors)):
+            if (block >= SUM_FIRST[v]) & (block < SUM_FIRST[v + 1]):
+                _sum_block(partial + task * WIDTH, vectors[v], task, block - SUM_FIRST[v], SUMS[v], SUM_BLOCK)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Launchers: (tuples of tensors, one entry per adapted tensor) -> tuples of tensors.
+# ---------------------------------------------------------------------------------------------------------
+
+class Plan(NamedTuple):
+    """How the programs of a launch are shared out among the matrices; see the kernels' banner."""
+
+    shapes: tuple
+    blocks: tuple
+    first: tuple
+    offsets: tuple
+    width: int
+    sums: tuple
+    sum_first: tuple
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _block(n1: int, n2: int) -> tuple:
+    """Return (tile rows, tile columns, tiles a program walks down) for an n1 x n2 matrix.
+
+    It depends on the matrix alone, never on T: a task's result is the same in every batch.
+    """
+    columns = min(_power_of_two(n2), TILE // min(_power_of_two(n1), 16))
+    rows = min(_power_of_two(n1), TILE // columns)
+    # Walking down divides the partial sums of b by four; small matrices need the programs more.
+    return rows, columns, 4 if n1 * n2 >= 2 ** 20 else 1
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(shapes: tuple) -> Plan:
+    for n1, n2 in shapes:
+        if n1 * n2 >= 2 ** 31:           # inside a task the kernels count elements in 32 bits
+            raise ValueError(f"a {n1} x {n2} matrix is too large for the Triton kernels: n1 * n2 must be "
+                             f'below 2**31; choose kernel "eager"')
+    blocks = tuple(_block(n1, n2) for n1, n2 in shapes)
+    first, offsets, row_sums, col_sums, width = [0], [], [], [], 0
+    for (n1, n2), (rows, columns, steps) in zip(shapes, blocks):
+        down, across = -(-n1 // (rows * steps)), -(-n2 // columns)
+        first.append(first[-1] + down * across)
+        offsets.append((width, width + across * n1))
+        row_sums.append((width, across, n1))
+        col_sums.append((width + across * n1, down, n2))
+        width += across * n1 + down * n2
+    sums = tuple(row_sums + col_sums)
+    sum_first = [0]
+    for _, _, n in sums:
+        sum_first.append(sum_first[-1] + -(-n // SUM_BLOCK[1]))
+    return Plan(shapes, blocks, tuple(first), tuple(offsets), width, sums, tuple(sum_first))
+
+
+def _plan_for(grads) -> Plan:
+    return _plan(tuple(tuple(grad.shape[1:]) for grad in grads))
+
+
+def _dense(tensors) -> tuple:
+    """Return the tensors in contiguous storage: the kernels compute addresses from shapes alone."""
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _empty(tensors) -> tuple:
+    # Not empty_like: that would repeat the strides of an expanded or transposed tensor.
+    return tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors)
+
+
+def _accumulator(grads) -> tuple:
+    """Return the arithmetic type of the kernels and the same as a torch dtype."""
+    double = grads[0].dtype == torch.float64
+    return (tl.float64, torch.float64) if double else (tl.float32, torch.float32)
+
+
+def _launch(kernel, programs: int, tensor: torch.Tensor, *arguments) -> None:
+    if programs * tensor.shape[0] >= 2 ** 31:
+        raise ValueError(f"{programs} tiles for each of {tensor.shape[0]} tasks exceed the 2**31 - 1 programs "
+                         f"of one launch: pass fewer tasks at a time")
+    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    with on_device:                      # Triton launches on the current device, not on the tensors' one
+        kernel[(programs * tensor.shape[0],)](*arguments, **LAUNCH_OPTIONS)
+
+
+def _launch_forward(sign: int, thetas, grads, rows, cols) -> tuple:
+    """Return y for each tensor; `thetas` is empty when sign is +1."""
+    plan, (acc, _) = _plan_for(grads), _accumulator(grads)
+    shared = tuple(theta.stride(0) == 0 and theta[0].is_contiguous() for theta in thetas)
+    strides = tuple(0 if one else n1 * n2 for one, (n1, n2) in zip(shared, plan.shapes)) or (0,) * len(grads)
+    thetas = tuple(theta[0] if one else theta.contiguous() for one, theta in zip(shared, thetas))
+    grads, out = _dense(grads), _empty(grads)
+    _launch(_forward_kernel, plan.first[-1], grads[0], thetas or grads, grads, _dense(rows), _dense(cols),
+            out, plan.shapes, plan.blocks, plan.first, strides, sign < 0, acc)
+    return out
+
+
+def _launch_sums(plan: Plan, partial, rows, cols) -> tuple:
+    """Add the partial sums (T, plan.width) up; return vectors shaped like rows, then like cols."""
+    vectors = _empty(rows) + _empty(cols)
+    _launch(_sum_kernel, plan.sum_first[-1], partial, partial, vectors, plan.sums, plan.sum_first, plan.width,
+            SUM_BLOCK)
+    return vectors
+
+
+def _launch_backward(sign: int, out_grads, grads, rows, cols) -> tuple:
+    """Return d_g of each tensor, then d_a of each, then d_b of each."""
+    plan, (acc, acc_dtype) = _plan_for(grads), _accumulator(grads)
+    d_grads, grads = _empty(grads), _dense(grads)
+    partial = torch.empty((grads[0].shape[0], plan.width), dtype=acc_dtype, device=grads[0].device)
+    _launch(_backward_kernel, plan.first[-1], partial, _dense(out_grads), grads, _dense(rows), _dense(cols),
+            d_grads, partial, plan.shapes, plan.blocks, plan.first, plan.offsets, plan.width, sign, acc)
+    return d_grads + _launch_sums(plan, partial, rows, cols)
+
+
+def _launch_double_backward(sign: int, out_grads, grads, rows, cols, xs, ps, qs) -> tuple:
+    """Return the gradients to G of each tensor, then to g, a, b; `xs` is empty when d_g was not used."""
+    plan, (acc, acc_dtype) = _plan_for(grads), _accumulator(grads)
+    to_out_grads, to_grads, grads = _empty(grads), _empty(grads), _dense(grads)
+    partial = torch.empty((grads[0].shape[0], plan.width), dtype=acc_dtype, device=grads[0].device)
+    _launch(_double_backward_kernel, plan.first[-1], partial, _dense(out_grads), grads, _dense(rows),
+            _dense(cols), _dense(xs) or grads, _dense(ps), _dense(qs), to_out_grads, to_grads, partial,
+            plan.shapes, plan.blocks, plan.first, plan.offsets, plan.width, bool(xs), sign, acc)
+    return to_out_grads + to_grads + _launch_sums(plan, partial, rows, cols)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Autograd. Functions take flat tensors, group after group: first all G, then all g, then all a, ...
+# ---------------------------------------------------------------------------------------------------------
+
+def _groups(tensors, count: int) -> list:
+    size = len(tensors) // count
+    return [tuple(tensors[start:start + size]) for start in range(0, len(tensors), size)]
+
+
+def _fold_vmap(function, info, in_dims, arguments) -> tuple:
+    """Apply `function` with the mapped axis moved into the task axis; return its outputs and their axes."""
+    folded = []
+    for value, axis in zip(arguments, in_dims):
+        if isinstance(value, torch.Tensor):
+            mapped = value.expand(info.batch_size, *value.shape) if axis is None else value.movedim(axis, 0)
+            value = mapped.flatten(0, 1)
+        folded.append(value)
+    outputs = function.apply(*folded)
+    return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs), (0,) * len(outputs)
+
+
+class _Modulate(Function):
+    """(sign, thetas if sign is -1, grads, rows, cols) -> y of each tensor."""
+
+    @staticmethod
+    def forward(sign, *tensors):
+        groups = _groups(tensors, 4 if sign < 0 else 3)
+        return _launch_forward(sign, *groups) if sign < 0 else _launch_forward(sign, (), *groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.sign = inputs[0]
+        ctx.save_for_backward(*inputs[1 + (len(output) if ctx.sign < 0 else 0):])
+
+    @staticmethod
+    def backward(ctx, *out_grads):
+        d_theta = out_grads if ctx.sign < 0 else ()
+        return None, *d_theta, *_ModulateBackward.apply(ctx.sign, *out_grads, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _fold_vmap(_Modulate, info, in_dims, arguments)
+
+
+class _ModulateBackward(Function):
+    """(sign, out_grads, grads, rows, cols) -> d_g, d_a, d_b of each tensor."""
+
+    @staticmethod
+    def forward(sign, *tensors):
+        return _launch_backward(sign, *_groups(tensors, 4))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.sign = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.set_materialize_grads(False)     # X is absent when only the context gradient was used: skip it
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        xs, ps, qs = _groups(cotangents, 3)
+        _, grads, rows, cols = _groups(ctx.saved_tensors, 4)
+        xs = () if all(x is None for x in xs) else _or_zeros(xs, grads)
+        cotangents = *xs, *_or_zeros(ps, rows), *_or_zeros(qs, cols)
+        return None, *_ModulateDoubleBackward.apply(ctx.sign, bool(xs), *ctx.saved_tensors, *cotangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _fold_vmap(_ModulateBackward, info, in_dims, arguments)
+
+
+def _or_zeros(cotangents, like) -> tuple:
+    return tuple(torch.zeros_like(l) if c is None else c for c, l in zip(cotangents, like))
+
+
+class _ModulateDoubleBackward(Function):
+    """(sign, has_x, out_grads, grads, rows, cols, xs if has_x, ps, qs) -> gradients to G, g, a, b of each."""
+
+    @staticmethod
+    def forward(sign, has_x, *tensors):
+        groups = _groups(tensors, 7 if has_x else 6)
+        return _launch_double_backward(sign, *groups[:4], groups[4] if has_x else (), *groups[-2:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.sign, ctx.has_x = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        # Third order, which the method never asks for: the closed formula in PyTorch, right at all orders.
+        formula = functools.partial(_double_backward_formula, ctx.sign, ctx.has_x)
+        _, pull_back = torch.func.vjp(formula, *ctx.saved_tensors)
+        return None, None, *pull_back(cotangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _fold_vmap(_ModulateDoubleBackward, info, in_dims, arguments)
+
+
+def _double_backward_formula(sign, has_x, *tensors) -> tuple:
+    """Return what `_launch_double_backward` returns, by the formulas at the head of this file."""
+    groups = _groups(tensors, 7 if has_x else 6)
+    xs = groups[4] if has_x else [torch.zeros_like(grad) for grad in groups[1]]
+    results = []
+    for G, g, a, b, X, p, q in zip(*groups[:4], xs, *groups[-2:]):
+        a, p, b, q = a[:, :, None], p[:, :, None], b[:, None, :], q[:, None, :]
+        product = a * b
+        closed = product <= 0
+        m, open_G = product.masked_fill(closed, 0), sign * G.masked_fill(closed, 0)
+        m_dot = sign * (p * b + a * q).masked_fill(closed, 0)
+        results.append((sign * m * X + m_dot * g, m_dot * G,
+                        (open_G * (b * X + q * g)).sum(2), (open_G * (a * X + p * g)).sum(1)))
+    return tuple(result for group in zip(*results) for result in group)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Public functions.
+# ---------------------------------------------------------------------------------------------------------
+
+def modulated_step(theta, grad, row, col, *, kernel: str = "auto"):
+    """Return theta - relu(row ⊗ col) ⊙ grad, the modulated gradient step (paper, Eqs. 5 and 8 with the ReLU).
+
+    The inner learning rate alpha >= 0 belongs in `row` (pass alpha * row): relu is positively homogeneous, so
+    alpha relu(row ⊗ col) = relu((alpha row) ⊗ col). A vector parameter of n entries is the case n1 = 1.
+
+    Args:
+        theta: parameters, (T, n1, n2), or (n1, n2) shared by all tasks; an expanded view is read uncopied.
+        grad: inner gradient, (T, n1, n2).
+        row: left factor, (T, n1).
+        col: right factor, (T, n2).
+        kernel: "auto" (Triton for CUDA tensors, plain PyTorch elsewhere), "triton" or "eager".
+
+    Each may also be a list or tuple with one entry per adapted tensor; these then share kernel launches. All
+    tensors have one device and one dtype of float16, bfloat16, float32, float64; Triton computes 16-bit
+    tensors in float32. First and second derivatives are exact, for autograd and torch.func; vmap works.
+    Inside torch.compile the plain formula is used whatever `kernel` says: the compiler fuses it, and from a
+    hand-written autograd.Function it would lose second derivatives without an error.
+
+    Returns:
+        A tensor (T, n1, n2), or a list of them when lists came in.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or kernel name.
+        RuntimeError: Triton was asked for and cannot run here.
+    """
+    return _run(theta, grad, row, col, kernel, step=True)
+
+
+def modulate(grad, row, col, *, kernel: str = "auto"):
+    """Return relu(row ⊗ col) ⊙ grad, the modulated gradient alone; arguments as in `modulated_step`."""
+    return _run(None, grad, row, col, kernel, step=False)
+
+
+def modulated_step_reference(theta, grad, row, col):
+    """Return `modulated_step` of single tensors in plain PyTorch, the reference of all other forms."""
+    return theta - torch.relu(row[:, :, None] * col[:, None, :]) * grad
+
+
+def modulate_reference(grad, row, col):
+    """Return `modulate` of single tensors in plain PyTorch."""
+    return torch.relu(row[:, :, None] * col[:, None, :]) * grad
+
+
+def resolve_backend(kernel: str, device) -> str:
+    """Return "triton" or "eager", what `kernel` means for tensors on `device`.
+
+    Raises:
+        ValueError: `kernel` is not "auto", "triton" or "eager".
+        RuntimeError: Triton is wanted and is not installed, or the device is not a CUDA device and the
+            interpreter (environment variable TRITON_INTERPRET=1 at start) is off.
+    """
+    if kernel not in ("auto", "triton", "eager"):
+        raise ValueError(f'kernel must be "auto", "triton" or "eager", got {kernel!r}')
+    kind = torch.device(device).type
+    if kernel == "eager" or (kernel == "auto" and kind != "cuda"):
+        return "eager"
+    if triton is None:
+        raise RuntimeError(f'kernel "{kernel}" on {device} needs Triton, which is not installed: '
+                           f'install the package "triton" or choose kernel "eager"')
+    interpreted = not isinstance(_forward_kernel, triton.runtime.JITFunction)
+    if kind != "cuda" and not (kind == "cpu" and interpreted):
+        raise RuntimeError(f'kernel "triton" runs on CUDA tensors, got {device}: move the tensors to a GPU, '
+                           f'choose kernel "auto" or "eager", or set TRITON_INTERPRET=1 (slow, for checks)')
+    return "triton"
+
+
+def _run(theta, grad, row, col, kernel: str, step: bool):
+    names = ("theta", "grad", "row", "col")[0 if step else 1:]
+    groups = (theta, grad, row, col)[0 if step else 1:]
+    single = isinstance(grad, torch.Tensor)
+    groups = [[group] for group in groups] if single else _checked_lists(names, groups)
+    for name, group in zip(names, groups):
+        for tensor in group:
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, or hold only tensors, got a {type(tensor).__name__}")
+    entries = list(zip(*groups))
+    for index, entry in enumerate(entries):
+        _check_entry(names, entry, "" if single else f"[{index}]", groups[-3][0])
+    # True while torch.compile traces: it would drop second-order terms of the Functions without an error.
+    backend = "eager" if torch.compiler.is_compiling() else resolve_backend(kernel, groups[-3][0].device)
+    if backend == "triton":
+        out = _run_triton(groups, step)
+    else:
+        out = [(modulated_step_reference if step else modulate_reference)(*entry) for entry in entries]
+    return out[0] if single else out
+
+
+def _run_triton(groups, step: bool) -> list:
+    if step:                             # expand's own derivative sums over the tasks of a shared theta
+        groups = [[theta.expand(grad.shape) for theta, grad in zip(*groups[:2])], *groups[1:]]
+    out = []
+    for start in range(0, len(groups[0]), MAX_TENSORS_PER_LAUNCH):
+        part = [tensor for group in groups for tensor in group[start:start + MAX_TENSORS_PER_LAUNCH]]
+        out.extend(_Modulate.apply(-1 if step else 1, *part))
+    return out
+
+
+def _checked_lists(names, groups) -> list:
+    for name, group in zip(names, groups):
+        if not isinstance(group, (list, tuple)):
+            raise TypeError(f"{', '.join(names)} must be all tensors or all lists of tensors, but {name} is "
+                            f"of type {type(group).__name__}")
+    lengths = [len(group) for group in groups]
+    if len(set(lengths)) > 1 or lengths[0] == 0:
+        raise ValueError(f"lists {', '.join(names)} must have one common length of at least 1, got {lengths}")
+    return [list(group) for group in groups]
+
+
+def _check_entry(names, entry, where: str, first: torch.Tensor) -> None:
+    """Raise unless the tensors of one step fit together; `first` is the grad that sets dtype, device, T."""
+    for name, tensor in zip(names, entry):
+        if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
+            raise TypeError(f"{name}{where} has dtype {tensor.dtype} beside a grad of {first.dtype}: all "
+                            f"tensors must have one dtype out of float16, bfloat16, float32, float64")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}{where} is on {tensor.device}, grad on {first.device}: use one device")
+    grad = entry[-3]
+    if grad.dim() != 3 or grad.numel() == 0:
+        raise ValueError(f"grad{where} must have shape (T, n1, n2) without zeros, got {tuple(grad.shape)}")
+    tasks, n1, n2 = grad.shape
+    if tasks != first.shape[0]:
+        raise ValueError(f"grad{where} holds {tasks} tasks, the first grad {first.shape[0]}: they must agree")
+    allowed = {"theta": ((n1, n2), (tasks, n1, n2)), "row": ((tasks, n1),), "col": ((tasks, n2),)}
+    for name, tensor in zip(names, entry):
+        if name in allowed and tuple(tensor.shape) not in allowed[name]:
+            raise ValueError(f"{name}{where} must have shape {' or '.join(map(str, allowed[name]))} for a "
+                             f"grad of shape {tuple(grad.shape)}, got {tuple(tensor.shape)}")

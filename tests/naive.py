@@ -1,0 +1,79 @@
+"""ModGrad straight from the paper's equations: one task at a time, the whole network, M written out.
+
+The slow oracle that the batched code in modgrad.py must equal. It shares nothing with it but the parameter tensors: the
+generator's weights are read by name and multiplied out here.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def conv4_logits(theta, x):
+    """x (N, 3, S, S) -> (N, ways); conv, batch norm with the batch's statistics, ReLU, max-pool, four times; linear."""
+    for k in range(1, 5):
+        x = F.conv2d(x, theta[f"conv{k}.weight"], theta[f"conv{k}.bias"], padding=1)
+        x = F.batch_norm(x, None, None, theta[f"norm{k}.weight"], theta[f"norm{k}.bias"], training=True)
+        x = F.max_pool2d(F.relu(x), 2)
+    return F.linear(x.flatten(1), theta["head.weight"], theta["head.bias"])
+
+
+def mlp_output(theta, x):
+    """x (N, in) -> (N, out) through fc1, ReLU, fc2, ..., without ReLU after the last."""
+    layers = len(theta) // 2
+    for k in range(1, layers + 1):
+        x = F.linear(x, theta[f"fc{k}.weight"], theta[f"fc{k}.bias"])
+        x = F.relu(x) if k < layers else x
+    return x
+
+
+def sister(psi, path, nu, u):
+    """Eqs. 6-7 for one task: nu (D) -> h a, (n)."""
+    hidden = F.relu(psi[f"{path}.inner.weight"] @ nu + psi[f"{path}.inner.bias"])
+    out = psi[f"{path}.outer.weight"] @ hidden + psi[f"{path}.outer.bias"]
+    a = torch.softmax(out[:u], 0)
+    h = out[u:].reshape(u, -1).T                                     # (n, u)
+    return h @ a
+
+
+def modulation(psi, name, shape, nu, u):
+    """Eq. 8 and the ReLU: M in the shape of the tensor it modulates."""
+    key = name.replace(".", "/")
+    col = sister(psi, f"cols.{key}", nu, u)
+    if len(shape) == 1:
+        return F.relu(col)
+    return F.relu(torch.outer(sister(psi, f"rows.{key}", nu, u), col)).reshape(shape)
+
+
+def step_once(loss, theta, g, psi, nu, alpha, u):
+    """theta - alpha M(nu) ⊙ g on the tensors in g; without psi, M = 1."""
+    m = {n: modulation(psi, n, theta[n].shape, nu, u) if psi else torch.ones_like(theta[n]) for n in g}
+    return {**theta, **{n: theta[n] - alpha * m[n] * g[n] for n in g}}
+
+
+def context(loss, theta, g, psi, nu, alpha, u):
+    """Eq. 9."""
+    return -torch.autograd.grad(loss(step_once(loss, theta, g, psi, nu, alpha, u)), nu, create_graph=True)[0]
+
+
+def gradient(loss, theta, adapted, noise):
+    grads = torch.autograd.grad(loss(theta), [theta[n] for n in adapted], create_graph=True)
+    return {n: g + (noise[n] if noise else 0) for n, g in zip(adapted, grads)}
+
+
+def adapt_one(loss, theta, adapted, psi, alpha, context_dim, u, steps=1, first_order=False, refine=False, noise=None):
+    """Algorithm 1 for one task; loss maps {name: tensor} to a scalar; noise is a list with one {name: tensor} a step."""
+    zero = lambda: torch.zeros(context_dim, dtype=next(iter(theta.values())).dtype, requires_grad=True)
+    if refine:                                # the authors' released code: one gradient, 2 K passes, nu replaced each pass
+        g, nu = gradient(loss, theta, adapted, None), zero()
+        for _ in range(2 * steps):
+            stepped, nu = step_once(loss, theta, g, psi, nu, alpha, u), context(loss, theta, g, psi, nu, alpha, u)
+        return stepped
+    for k in range(steps):
+        g = gradient(loss, theta, adapted, noise[k] if noise else None)
+        if first_order:
+            g = {n: t.detach() for n, t in g.items()}
+        nu = context(loss, theta, g, psi, zero(), alpha, u) if psi else None
+        if first_order and psi:
+            nu = nu.detach()
+        theta = step_once(loss, theta, g, psi, nu, alpha, u)
+    return theta

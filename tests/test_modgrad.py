@@ -1,0 +1,349 @@
+"""The batched core against the naive oracle, finite differences and what the equations promise."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import naive
+from modgrad import Chain, Generator, adapt, conv4, factor_sizes, from_module, mlp
+
+ADAPTED = ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
+TASKS, SUPPORT, QUERY, WAYS, DIM, U = 3, 6, 8, 3, 7, 4
+# Both sides sum the same products in another order; float64 leaves 1e-10 with room for the eight layers and two
+# derivatives between, float32 is held to 1e-5 of the largest entry.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def episode(dtype, seed=0, size=16):
+    g = torch.Generator().manual_seed(seed)
+    x = lambda n: torch.randn(TASKS, n, 3, size, size, generator=g, dtype=torch.float64).to(dtype)
+    y = lambda n: torch.randint(WAYS, (TASKS, n), generator=g)
+    return x(SUPPORT), y(SUPPORT), x(QUERY), y(QUERY)
+
+
+def network(dtype, adapted=ADAPTED, init="identity", factors="flat", seed=0):
+    """A small Conv-4 and its generator; the generator's weights are enlarged so that M differs between tasks."""
+    torch.manual_seed(seed)
+    theta, chain = conv4(WAYS, channels=4, image_size=16)
+    theta = {name: t.detach().to(dtype).requires_grad_() for name, t in theta.items()}
+    psi = Generator({n: theta[n].shape for n in adapted}, DIM, U, factors, init).to(dtype)
+    with torch.no_grad():
+        for name, p in psi.named_parameters():
+            p.mul_(2.0 if "outer" in name else 1.0)
+    return theta, chain, psi
+
+
+def cross_entropy(logits, labels):
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+def batched(theta, chain, psi, data, adapted, **options):
+    """Adapted tensors and meta-loss by modgrad.py, through the split network."""
+    support_x, support_y, query_x, query_y = data
+    prefix, suffix = chain.split(adapted)
+    h = prefix(theta, support_x)
+    loss = lambda p: cross_entropy(suffix({**theta, **p}, h), support_y)
+    out = adapt(loss, {n: theta[n] for n in adapted}, TASKS, 0.3, psi, **options)
+    return out, cross_entropy(suffix({**theta, **out}, prefix(theta, query_x)), query_y).sum()
+
+
+def oracle(theta, psi, data, adapted, noise=None, **options):
+    """The same by tests/naive.py."""
+    weights = dict(psi.named_parameters()) if psi else None
+    outs, total = [], 0
+    for t in range(TASKS):
+        support_x, support_y, query_x, query_y = (part[t] for part in data)
+        loss = lambda p: F.cross_entropy(naive.conv4_logits(p, support_x), support_y)
+        own = [{n: e[t] for n, e in step.items()} for step in noise] if noise else None
+        out = naive.adapt_one(loss, theta, adapted, weights, 0.3, context_dim=DIM, u=U, noise=own, **options)
+        outs.append(out)
+        total = total + F.cross_entropy(naive.conv4_logits(out, query_x), query_y)
+    return {n: torch.stack([out[n] for out in outs]) for n in adapted}, total
+
+
+def meta_gradients(loss, theta, psi):
+    named = {**theta, **({f"psi.{n}": p for n, p in psi.named_parameters()} if psi else {})}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads)}
+
+
+def vanishes(name):
+    """A convolution's bias has no effect behind batch norm; its gradients are rounding noise."""
+    return "conv" in name and "bias" in name.split("inner")[0].split("outer")[0]
+
+
+def assert_close(actual, expected, tolerance, scale=None):
+    """Entry by entry, relative to the largest entry of the tensor; for tensors that vanish, of all tensors."""
+    assert actual.keys() == expected.keys()
+    largest = max(t.abs().max().item() for t in expected.values())
+    for name in expected:
+        size = max(largest if vanishes(name) else expected[name].abs().max().item(), scale or 0)
+        error = (actual[name] - expected[name]).abs().max().item()
+        assert error <= tolerance * size, f"{name}: error {error:.2e} of {size:.2e}"
+
+
+def compare(dtype, adapted=ADAPTED, psi=True, init="identity", factors="flat", **options):
+    theta, chain, generator = network(dtype, adapted, init, factors)
+    generator = generator if psi else None
+    data = episode(dtype)
+    ours, our_loss = batched(theta, chain, generator, data, adapted, kernel="eager", **options)
+    theirs, their_loss = oracle(theta, generator, data, adapted, **options)
+    assert_close(ours, theirs, TOLERANCE[dtype])
+    ours, theirs = (meta_gradients(loss, theta, generator) for loss in (our_loss, their_loss))
+    quiet = [n for n, g in theirs.items() if not vanishes(n) and g.abs().max() < 1e-8]
+    assert not quiet, f"vacuous comparison: no meta-gradient reaches {quiet}"
+    for part in ("psi.", ""):
+        pick = lambda grads: {n: g for n, g in grads.items() if n.startswith("psi.") == bool(part)}
+        if psi or not part:
+            assert_close(pick(ours), pick(theirs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_modgrad_equals_naive(dtype, steps):
+    compare(dtype, steps=steps)
+
+
+@pytest.mark.parametrize("options", [
+    {"init": "released"}, {"factors": "natural"}, {"refine": True, "steps": 2}, {"refine": True, "steps": 1},
+    {"first_order": True, "steps": 2}, {"adapted": ["conv1.weight", "norm2.weight", "head.weight", "head.bias"]},
+], ids=str)
+def test_variants_equal_naive(options):
+    compare(torch.float64, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_maml_equals_naive(steps, first_order):
+    everything = list(network(torch.float64)[0])
+    compare(torch.float64, everything, psi=False, steps=steps, first_order=first_order)
+
+
+def test_modulation_of_one_is_maml():
+    """With the identity initialisation and sisters that ignore nu, M = 1 and ModGrad is MAML."""
+    theta, chain, psi = network(torch.float64)
+    with torch.no_grad():
+        for sister in (*psi.rows.values(), *psi.cols.values()):
+            sister.outer.weight.zero_()
+            sister.set_output_at_zero(1.0)
+    data = episode(torch.float64)
+    ours, our_loss = batched(theta, chain, psi, data, ADAPTED, steps=2)
+    maml, maml_loss = batched(theta, chain, None, data, ADAPTED, steps=2)
+    assert_close(ours, maml, 1e-12)
+    assert_close(meta_gradients(our_loss, theta, None), meta_gradients(maml_loss, theta, None), 1e-10, scale=1e-3)
+
+
+def test_refine_is_algorithm_1_at_one_step():
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    assert_close(batched(theta, chain, psi, data, ADAPTED, refine=True)[0],
+                 batched(theta, chain, psi, data, ADAPTED)[0], 1e-14)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_meta_gradient_by_finite_differences(steps):
+    """Central differences of the meta-loss along random directions in theta and in psi."""
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    grads = meta_gradients(batched(theta, chain, psi, data, ADAPTED, steps=steps)[1], theta, psi)
+    tensors = {**theta, **{f"psi.{n}": p for n, p in psi.named_parameters()}}
+    for part in ("psi.", "conv1", "conv3", "head"):
+        chosen = {n: p for n, p in tensors.items() if n.startswith(part)}
+        torch.manual_seed(1)
+        direction = {n: torch.randn_like(p) for n, p in chosen.items()}
+        h, values = 1e-6, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for n, p in chosen.items():
+                    p.add_(direction[n], alpha=sign * h)
+            values.append(batched(theta, chain, psi, data, ADAPTED, steps=steps)[1].item())
+            with torch.no_grad():
+                for n, p in chosen.items():
+                    p.add_(direction[n], alpha=-sign * h)
+        slope = sum((grads[n] * direction[n]).sum().item() for n in chosen)
+        assert abs(slope) > 1e-4, f"no slope along {part}: the check says nothing"
+        # h = 1e-6: rounding of the loss (1e-16 / h) and curvature (h^2) both stay below 1e-8; ReLU kinks allow 1e-5.
+        assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_first_order_differs_from_second_order():
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    second, first = (meta_gradients(batched(theta, chain, psi, data, ADAPTED, first_order=flag)[1], theta, psi)
+                     for flag in (False, True))
+    assert (second["conv3.weight"] - first["conv3.weight"]).abs().max() > 1e-4
+
+
+def test_noise_enters_the_raw_gradient_once_per_step():
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    rng = torch.Generator().manual_seed(5)
+    ours, _ = batched(theta, chain, psi, data, ADAPTED, steps=2, noise_std=0.1, rng=rng)
+    rng.manual_seed(5)
+    draw = lambda: {n: 0.1 * torch.randn(TASKS, *theta[n].shape, generator=rng, dtype=torch.float64) for n in ADAPTED}
+    theirs, _ = oracle(theta, psi, data, ADAPTED, noise=[draw(), draw()], steps=2)
+    assert_close(ours, theirs, 1e-10)
+
+
+def test_adapting_without_a_graph_gives_the_same_weights():
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    kept, _ = batched(theta, chain, psi, data, ADAPTED, steps=2)
+    bare, _ = batched(theta, chain, psi, data, ADAPTED, steps=2, differentiable=False)
+    assert_close(bare, kept, 1e-12)
+    assert not any(t.requires_grad for t in bare.values())
+
+
+def test_tasks_do_not_influence_each_other():
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    before, _ = batched(theta, chain, psi, data, ADAPTED)
+    changed = [part.clone() for part in data]
+    changed[0][1] += 1.0
+    after, _ = batched(theta, chain, psi, changed, ADAPTED)
+    same = [all(torch.equal(before[n][t], after[n][t]) for n in ADAPTED) for t in range(TASKS)]
+    assert same == [True, False, True]
+
+
+def test_support_statistics_are_not_transductive():
+    """With statistics from the support set a query's output does not depend on the other queries."""
+    theta, chain, _ = network(torch.float64)
+    support_x, _, query_x, _ = episode(torch.float64)
+    alone = chain(theta, torch.cat([support_x, query_x[:, :1]], 1), SUPPORT)[:, SUPPORT:]
+    together = chain(theta, torch.cat([support_x, query_x], 1), SUPPORT)[:, SUPPORT:]
+    assert torch.allclose(alone[:, 0], together[:, 0], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(chain(theta, query_x)[:, 0], together[:, 0], rtol=1e-3)
+
+
+# --- the generator ---
+
+def test_generator_has_the_authors_size():
+    theta, _ = conv4(5)
+    sizes = {u: sum(p.numel() for p in Generator({n: theta[n].shape for n in ADAPTED}, 300, u).parameters())
+             for u in (1, 5, 10)}
+    assert sizes == {1: 427_142, 5: 1_056_926, 10: 1_844_156}
+    assert sum(t.numel() for t in theta.values()) == 121_093
+
+
+def test_identity_initialisation_starts_at_one_and_still_listens_to_nu():
+    psi = Generator({"conv.weight": (4, 3, 3, 3), "conv.bias": (4,)}, DIM, U, init="identity").double()
+    nu = torch.zeros(2, DIM, dtype=torch.float64, requires_grad=True)
+    for row, col in psi(nu).values():
+        m = torch.relu(row[:, :, None] * col[:, None, :])
+        assert torch.allclose(m, torch.ones_like(m), atol=1e-6)      # shifted in float32 before .double()
+        assert torch.autograd.grad(m.square().sum(), nu, retain_graph=True)[0].abs().max() > 1e-4
+
+
+def test_released_initialisation_starts_near_zero():
+    torch.manual_seed(0)
+    psi = Generator({"conv3.weight": (64, 64, 3, 3)}, 300, 5, init="released")
+    row, col = psi(torch.zeros(1, 300))["conv3.weight"]
+    m = torch.relu(row[0, :, None] * col[0])
+    # protocols of the released code: half the entries are zero, the others about 2.4e-4 on average
+    assert 0.4 < (m == 0).float().mean() < 0.6
+    assert 1e-4 < m[m > 0].mean() < 5e-4
+
+
+def test_factor_sizes():
+    assert factor_sizes((64, 64, 3, 3)) == (192, 192)
+    assert factor_sizes((64, 32, 3, 3), "natural") == (64, 288)
+    assert factor_sizes((5, 1600)) == (5, 1600)
+    assert factor_sizes((64,)) == (1, 64)
+
+
+# --- the reader's own network ---
+
+class OwnNetwork(nn.Module):
+    """Not a Sequential, with running statistics: what a reader may bring."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = own_module()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def own_module():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+                         nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, WAYS)).double()
+
+
+def without_running_statistics(module):
+    module = copy.deepcopy(module)
+    for m in module.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean = m.running_var = None
+    return module
+
+
+@pytest.mark.parametrize("build, prefix_stages", [(own_module, 5), (OwnNetwork, 0)])
+def test_any_module_is_adapted_by_name_and_left_unchanged(build, prefix_stages):
+    module = build()
+    before = copy.deepcopy(module.state_dict())
+    names = [n for n, _ in module.named_parameters() if n.endswith(("5.weight", "5.bias"))]
+    theta, chain = from_module(module)
+    prefix, suffix = chain.split(names)
+    assert len(prefix.stages) == prefix_stages
+    psi = Generator({n: theta[n].shape for n in names}, DIM, U).double()
+    data = support_x, support_y, query_x, query_y = episode(torch.float64)
+    _, loss = batched(theta, chain, psi, data, names)
+    plain, reference = without_running_statistics(module), 0
+    for t in range(TASKS):
+        inner = lambda p: F.cross_entropy(torch.func.functional_call(plain, p, (support_x[t],)), support_y[t])
+        out = naive.adapt_one(inner, dict(theta), names, dict(psi.named_parameters()), 0.3, DIM, U)
+        reference = reference + F.cross_entropy(torch.func.functional_call(plain, out, (query_x[t],)), query_y[t])
+    ours, theirs = (meta_gradients(value, theta, psi) for value in (loss, reference))
+    assert min(theirs[n].abs().max() for n in ("psi.rows." + names[0].replace(".", "/") + ".inner.weight", names[0])) > 1e-6
+    assert_close(ours, theirs, 1e-9, scale=1e-3)      # the first convolution's bias vanishes behind batch norm
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_mlp_regression_equals_naive():
+    torch.manual_seed(0)
+    theta, chain = mlp([2, 6, 6, 3])
+    theta = {n: t.detach().double().requires_grad_() for n, t in theta.items()}
+    names = ["fc2.weight", "fc2.bias"]
+    psi = Generator({n: theta[n].shape for n in names}, DIM, U).double()
+    x, y = torch.rand(TASKS, 5, 2, dtype=torch.float64), torch.rand(TASKS, 5, 3, dtype=torch.float64)
+    prefix, suffix = chain.split(names)
+    mse = lambda p: (suffix({**theta, **p}, prefix(theta, x)) - y).square().mean((1, 2))
+    ours = adapt(mse, {n: theta[n] for n in names}, TASKS, 0.3, psi, steps=2)
+    for t in range(TASKS):
+        loss = lambda p: (naive.mlp_output(p, x[t]) - y[t]).square().mean()
+        theirs = naive.adapt_one(loss, theta, names, dict(psi.named_parameters()), 0.3, DIM, U, steps=2)
+        assert_close({n: ours[n][t] for n in names}, {n: theirs[n] for n in names}, 1e-10)
+
+
+# --- errors ---
+
+@pytest.mark.parametrize("call, message", [
+    (lambda t, c, p, l: c.split(["conv9.weight"]), "conv9.weight.*conv1.weight"),
+    (lambda t, c, p, l: c.split([]), "at least one"),
+    (lambda t, c, p, l: c.split(["head.bias", "head.bias"]), "distinct"),
+    (lambda t, c, p, l: adapt(l, {}, 2, 0.1), "empty"),
+    (lambda t, c, p, l: adapt(l, t, 2, -0.1), "alpha"),
+    (lambda t, c, p, l: adapt(l, t, 2, float("nan")), "alpha"),
+    (lambda t, c, p, l: adapt(l, t, 0, 0.1), "tasks=0"),
+    (lambda t, c, p, l: adapt(l, t, 2, 0.1, noise_std=-1), "noise_std"),
+    (lambda t, c, p, l: adapt(l, t, 2, 0.1, refine=True), "generator"),
+    (lambda t, c, p, l: adapt(lambda p: l(p).sum(), t, 2, 0.1), "one loss per task"),
+    (lambda t, c, p, l: adapt(lambda p: p["conv1.weight"].flatten(1).sum(1), t, 2, 0.1), "does not depend on.*conv1.bias"),
+    (lambda t, c, p, l: Generator({}), "at least one"),
+    (lambda t, c, p, l: Generator({"w": (2, 2)}, context_dim=0), "context_dim"),
+    (lambda t, c, p, l: Generator({"w": (2, 2)}, init="zero"), "init"),
+    (lambda t, c, p, l: Generator({"w": (2, 2, 2)}), "shape"),
+    (lambda t, c, p, l: factor_sizes((2, 2), "square"), "factors"),
+    (lambda t, c, p, l: conv4(5, image_size=15), "image_size"),
+    (lambda t, c, p, l: mlp([3]), "width"),
+    (lambda t, c, p, l: from_module(nn.ReLU()), "no parameters"),
+])
+def test_bad_arguments_are_named(call, message):
+    theta, chain, psi = network(torch.float64)
+    loss = lambda p: sum(t.flatten(1).sum(1) for t in p.values())
+    with pytest.raises(ValueError, match=message):
+        call(theta, chain, psi, loss)
