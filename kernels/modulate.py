@@ -67,22 +67,25 @@ if triton is not None:
         return at, at < N
 
     @triton.jit
-    def _forward_tiles(theta, grad, row, col, out, task, tile, SHAPE: tl.constexpr, BLOCK: tl.constexpr,
-                       THETA_STRIDE: tl.constexpr, STEP: tl.constexpr, ACC: tl.constexpr):
-        N1: tl.constexpr = SHAPE[0]
-        N2: tl.constexpr = SHAPE[1]
-        COL_TILES: tl.constexpr = (N2 + BLOCK[1] - 1) // BLOCK[1]
-        j, j_in = _span(tile % COL_TILES, BLOCK[1], N2)
+    def _forward_tiles(theta, grad, row, col, out, task, tile, k: tl.constexpr, SHAPES: tl.constexpr,
+                       BLOCKS: tl.constexpr, THETA_STRIDES: tl.constexpr, STEP: tl.constexpr,
+                       ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPES[k][0]
+        N2: tl.constexpr = SHAPES[k][1]
+        ROWS: tl.constexpr = BLOCKS[k][0]
+        COLS: tl.constexpr = BLOCKS[k][1]
+        COL_TILES: tl.constexpr = (N2 + COLS - 1) // COLS
+        j, j_in = _span(tile % COL_TILES, COLS, N2)
         b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
-        for step in range(BLOCK[2]):
-            i, i_in = _span((tile // COL_TILES) * BLOCK[2] + step, BLOCK[0], N1)
+        for step in range(BLOCKS[k][2]):
+            i, i_in = _span((tile // COL_TILES) * BLOCKS[k][2] + step, ROWS, N1)
             at = i[:, None] * N2 + j[None, :]
             inside = i_in[:, None] & j_in[None, :]
             a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
             g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
             y = _relu(a[:, None] * b[None, :]) * g
             if STEP:
-                y = tl.load(theta + task * THETA_STRIDE + at, inside, 0.0).to(ACC) - y
+                y = tl.load(theta + task * THETA_STRIDES[k] + at, inside, 0.0).to(ACC) - y
             tl.store(out + task * (N1 * N2) + at, y.to(out.dtype.element_ty), inside)
 
     @triton.jit
@@ -103,22 +106,24 @@ if triton is not None:
         tile = program % PROGRAMS
         for k in tl.static_range(len(grad)):
             if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
-                _forward_tiles(theta[k], grad[k], row[k], col[k], out[k], task, tile - FIRST[k], SHAPES[k],
-                               BLOCKS[k], THETA_STRIDES[k], STEP, ACC)
+                _forward_tiles(theta[k], grad[k], row[k], col[k], out[k], task, tile - FIRST[k], k,
+                               SHAPES, BLOCKS, THETA_STRIDES, STEP, ACC)
 
     @triton.jit
-    def _backward_tiles(out_grad, grad, row, col, d_grad, partial, task, tile, SHAPE: tl.constexpr,
-                        BLOCK: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr, SIGN: tl.constexpr,
-                        ACC: tl.constexpr):
-        N1: tl.constexpr = SHAPE[0]
-        N2: tl.constexpr = SHAPE[1]
-        COL_TILES: tl.constexpr = (N2 + BLOCK[1] - 1) // BLOCK[1]
+    def _backward_tiles(out_grad, grad, row, col, d_grad, partial, task, tile, k: tl.constexpr,
+                        SHAPES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr,
+                        WIDTH: tl.constexpr, SIGN: tl.constexpr, ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPES[k][0]
+        N2: tl.constexpr = SHAPES[k][1]
+        ROWS: tl.constexpr = BLOCKS[k][0]
+        COLS: tl.constexpr = BLOCKS[k][1]
+        COL_TILES: tl.constexpr = (N2 + COLS - 1) // COLS
         partial += task * WIDTH
-        j, j_in = _span(tile % COL_TILES, BLOCK[1], N2)
+        j, j_in = _span(tile % COL_TILES, COLS, N2)
         b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
-        d_b = tl.zeros((BLOCK[1],), ACC)
-        for step in range(BLOCK[2]):
-            i, i_in = _span((tile // COL_TILES) * BLOCK[2] + step, BLOCK[0], N1)
+        d_b = tl.zeros((COLS,), ACC)
+        for step in range(BLOCKS[k][2]):
+            i, i_in = _span((tile // COL_TILES) * BLOCKS[k][2] + step, ROWS, N1)
             at = i[:, None] * N2 + j[None, :]
             inside = i_in[:, None] & j_in[None, :]
             a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
@@ -129,9 +134,9 @@ if triton is not None:
             tl.store(d_grad + task * (N1 * N2) + at, d_g.to(d_grad.dtype.element_ty), inside)
             open_gG = SIGN * tl.where(product <= 0, 0.0, g * G)
             d_a = tl.sum(open_gG * b[None, :], 1)
-            tl.store(partial + OFFSET[0] + (tile % COL_TILES) * N1 + i, d_a, i_in)
+            tl.store(partial + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, d_a, i_in)
             d_b += tl.sum(open_gG * a[:, None], 0)
-        tl.store(partial + OFFSET[1] + (tile // COL_TILES) * N2 + j, d_b, j_in)
+        tl.store(partial + OFFSETS[k][1] + (tile // COL_TILES) * N2 + j, d_b, j_in)
 
     @triton.jit
     def _backward_kernel(
@@ -153,23 +158,25 @@ if triton is not None:
         for k in tl.static_range(len(grad)):
             if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
                 _backward_tiles(out_grad[k], grad[k], row[k], col[k], d_grad[k], partial, task,
-                                tile - FIRST[k], SHAPES[k], BLOCKS[k], OFFSETS[k], WIDTH, SIGN, ACC)
+                                tile - FIRST[k], k, SHAPES, BLOCKS, OFFSETS, WIDTH, SIGN, ACC)
 
     @triton.jit
     def _double_backward_tiles(out_grad, grad, row, col, x, p, q, to_out_grad, to_grad, partial, task, tile,
-                               SHAPE: tl.constexpr, BLOCK: tl.constexpr, OFFSET: tl.constexpr,
-                               WIDTH: tl.constexpr, HAS_X: tl.constexpr, SIGN: tl.constexpr,
-                               ACC: tl.constexpr):
-        N1: tl.constexpr = SHAPE[0]
-        N2: tl.constexpr = SHAPE[1]
-        COL_TILES: tl.constexpr = (N2 + BLOCK[1] - 1) // BLOCK[1]
+                               k: tl.constexpr, SHAPES: tl.constexpr, BLOCKS: tl.constexpr,
+                               OFFSETS: tl.constexpr, WIDTH: tl.constexpr, HAS_X: tl.constexpr,
+                               SIGN: tl.constexpr, ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPES[k][0]
+        N2: tl.constexpr = SHAPES[k][1]
+        ROWS: tl.constexpr = BLOCKS[k][0]
+        COLS: tl.constexpr = BLOCKS[k][1]
+        COL_TILES: tl.constexpr = (N2 + COLS - 1) // COLS
         partial += task * WIDTH
-        j, j_in = _span(tile % COL_TILES, BLOCK[1], N2)
+        j, j_in = _span(tile % COL_TILES, COLS, N2)
         b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
         dot_b = tl.load(q + task * N2 + j, j_in, 0.0).to(ACC)
-        to_b = tl.zeros((BLOCK[1],), ACC)
-        for step in range(BLOCK[2]):
-            i, i_in = _span((tile // COL_TILES) * BLOCK[2] + step, BLOCK[0], N1)
+        to_b = tl.zeros((COLS,), ACC)
+        for step in range(BLOCKS[k][2]):
+            i, i_in = _span((tile // COL_TILES) * BLOCKS[k][2] + step, ROWS, N1)
             at = i[:, None] * N2 + j[None, :]
             inside = i_in[:, None] & j_in[None, :]
             a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
@@ -191,9 +198,9 @@ if triton is not None:
             to_g = (SIGN * m_dot * G).to(to_grad.dtype.element_ty)
             tl.store(to_out_grad + task * (N1 * N2) + at, to_G, inside)
             tl.store(to_grad + task * (N1 * N2) + at, to_g, inside)
-            tl.store(partial + OFFSET[0] + (tile % COL_TILES) * N1 + i, tl.sum(to_a, 1), i_in)
+            tl.store(partial + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, tl.sum(to_a, 1), i_in)
             to_b += tl.sum(to_b_terms, 0)
-        tl.store(partial + OFFSET[1] + (tile // COL_TILES) * N2 + j, to_b, j_in)
+        tl.store(partial + OFFSETS[k][1] + (tile // COL_TILES) * N2 + j, to_b, j_in)
 
     @triton.jit
     def _double_backward_kernel(
@@ -217,19 +224,22 @@ if triton is not None:
         for k in tl.static_range(len(grad)):
             if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
                 _double_backward_tiles(out_grad[k], grad[k], row[k], col[k], x[k], p[k], q[k], to_out_grad[k],
-                                       to_grad[k], partial, task, tile - FIRST[k], SHAPES[k], BLOCKS[k],
-                                       OFFSETS[k], WIDTH, HAS_X, SIGN, ACC)
+                                       to_grad[k], partial, task, tile - FIRST[k], k, SHAPES, BLOCKS,
+                                       OFFSETS, WIDTH, HAS_X, SIGN, ACC)
 
     @triton.jit
-    def _sum_block(partial, vector, task, block, SUM: tl.constexpr, SUM_BLOCK: tl.constexpr):
-        COUNT: tl.constexpr = SUM[1]
-        N: tl.constexpr = SUM[2]
-        i, i_in = _span(block, SUM_BLOCK[1], N)
-        total = tl.zeros((SUM_BLOCK[1],), partial.dtype.element_ty)
-        for part in range((COUNT + SUM_BLOCK[0] - 1) // SUM_BLOCK[0]):
-            c, c_in = _span(part, SUM_BLOCK[0], COUNT)
+    def _sum_block(partial, vector, task, block, v: tl.constexpr, SUMS: tl.constexpr,
+                   SUM_BLOCK: tl.constexpr):
+        COUNT: tl.constexpr = SUMS[v][1]
+        N: tl.constexpr = SUMS[v][2]
+        PARTS: tl.constexpr = SUM_BLOCK[0]
+        ENTRIES: tl.constexpr = SUM_BLOCK[1]
+        i, i_in = _span(block, ENTRIES, N)
+        total = tl.zeros((ENTRIES,), partial.dtype.element_ty)
+        for part in range((COUNT + PARTS - 1) // PARTS):
+            c, c_in = _span(part, PARTS, COUNT)
             inside = c_in[:, None] & i_in[None, :]
-            total += tl.sum(tl.load(partial + SUM[0] + c[:, None] * N + i[None, :], inside, 0.0), 0)
+            total += tl.sum(tl.load(partial + SUMS[v][0] + c[:, None] * N + i[None, :], inside, 0.0), 0)
         tl.store(vector + task * N + i, total.to(vector.dtype.element_ty), i_in)
 
     @triton.jit
@@ -246,7 +256,7 @@ if triton is not None:
         block = program % PROGRAMS
         for v in tl.static_range(len(vectors)):
             if (block >= SUM_FIRST[v]) & (block < SUM_FIRST[v + 1]):
-                _sum_block(partial + task * WIDTH, vectors[v], task, block - SUM_FIRST[v], SUMS[v], SUM_BLOCK)
+                _sum_block(partial + task * WIDTH, vectors[v], task, block - SUM_FIRST[v], v, SUMS, SUM_BLOCK)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -324,8 +334,8 @@ def _accumulator(grads) -> tuple:
 
 def _launch(kernel, programs: int, tensor: torch.Tensor, *arguments) -> None:
     if programs * tensor.shape[0] >= 2 ** 31:
-        raise ValueError(f"{programs} tiles for each of {tensor.shape[0]} tasks exceed the 2**31 - 1 programs "
-                         f"of one launch: pass fewer tasks at a time")
+        raise ValueError(f"{programs} tiles for each of {tensor.shape[0]} tasks exceed the 2**31 - 1 "
+                         f"programs of one launch: pass fewer tasks at a time")
     on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
     with on_device:                      # Triton launches on the current device, not on the tensors' one
         kernel[(programs * tensor.shape[0],)](*arguments, **LAUNCH_OPTIONS)
@@ -566,7 +576,7 @@ def _run(theta, grad, row, col, kernel: str, step: bool):
     for name, group in zip(names, groups):
         for tensor in group:
             if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{name} must be a tensor, or hold only tensors, got a {type(tensor).__name__}")
+                raise TypeError(f"{name} must be a tensor or hold only tensors, got {type(tensor).__name__}")
     entries = list(zip(*groups))
     for index, entry in enumerate(entries):
         _check_entry(names, entry, "" if single else f"[{index}]", groups[-3][0])

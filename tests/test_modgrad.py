@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import naive
-from modgrad import Chain, Generator, adapt, conv4, factor_sizes, from_module, mlp
+from modgrad import Generator, adapt, conv4, factor_sizes, from_module, mlp
 
 ADAPTED = ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
 TASKS, SUPPORT, QUERY, WAYS, DIM, U = 3, 6, 8, 3, 7, 4

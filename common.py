@@ -1,0 +1,477 @@
+"""What the training scripts share word for word: flags of a run, its folder, checkpoints, statistics, figures, downloads.
+
+Functions only; nothing here knows a method or a data set. A run folder holds config.json, log.jsonl (deterministic numbers
+only, so that a resumed log equals an uninterrupted one), checkpoint.pt, result.json and figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class UsageError(Exception):
+    """Bad input; scripts print its text and exit with status 2."""
+
+
+class DataError(UsageError):
+    """A data set that is missing, damaged or not what it should be."""
+
+
+class DownloadError(UsageError):
+    """No mirror gave the file."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main; UsageError becomes one line on stderr and status 2, Ctrl-C status 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- flags and set-up ------------------------------------------------------------------------------------------------
+
+def _number(kind: type, allowed: str, test: Callable[[float], bool]) -> Callable[[str], float]:
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and test(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+    return parse
+
+
+positive_int = _number(int, "an integer of at least 1", lambda v: v >= 1)
+positive_float = _number(float, "a number above 0", lambda v: v > 0)
+non_negative_float = _number(float, "a number of at least 0", lambda v: v >= 0)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every script has: where the run is kept, its seed, its device and its limits."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", help="run folder (default: below runs/, named after the settings)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+    run.add_argument("--seed", type=int, default=1, help="of initialisation, episodes and noise")
+    run.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:N")
+    run.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
+    run.add_argument("--max-minutes", type=positive_float, help="stop training after this time, then test as usual")
+    run.add_argument("--precision", choices=("fp32", "tf32"), default="fp32",
+                     help="convolutions and matrix products on CUDA: fp32, or the faster tf32 (10-bit mantissa)")
+
+
+def setup(args: argparse.Namespace) -> torch.device:
+    """Seed everything, set precision, threads and the memory allocator; return the device. Raises UsageError."""
+    device = _device(args.device)
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    keep_freed_memory()
+    return device
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s); use --device cpu")
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks: mapping and unmapping a step's activations took a third of its time on a CPU."""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold, top_pad = -4, -1, -2                # names in malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(top_pad, 2**26)
+
+
+# --- run folder ------------------------------------------------------------------------------------------------------
+
+MAY_CHANGE = {"resume", "out", "max_minutes", "device", "threads", "test_split", "test_episodes", "eval_batch", "download",
+              "checkpoint_every", "kernel", "task_chunk", "data"}      # settings that a resumed run may change
+
+
+def open_run(out: str | Path, config: dict, resume: bool) -> tuple[Path, dict | None]:
+    """Create the run folder, or with `resume` reopen it; return (folder, checkpoint or None).
+
+    Reopening cuts log.jsonl back to where the checkpoint was written. Raises UsageError where a run would be overwritten,
+    continued with other settings, or its checkpoint cannot be read.
+    """
+    run = Path(out)
+    checkpoint_file, config_file = run / "checkpoint.pt", run / "config.json"
+    if not resume and config_file.exists():
+        raise UsageError(f"{run} already holds a run: continue it with --resume, or choose another --out")
+    if not resume or not checkpoint_file.exists():
+        if resume:
+            print(f"nothing to resume in {run}: starting afresh", file=sys.stderr)
+        run.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(run)
+        save_atomically(config_file, lambda file: file.write(json.dumps(config, indent=1, sort_keys=True).encode()))
+        (run / "log.jsonl").write_bytes(b"")
+        return run, None
+    _remove_leftovers(run)
+    _check_same(json.loads(config_file.read_text()), json.loads(json.dumps(config)), run)
+    try:
+        checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
+        offset = checkpoint["log_bytes"]
+    except Exception as error:
+        raise UsageError(f"{checkpoint_file} cannot be read ({error}): remove it to start afresh") from None
+    with open(run / "log.jsonl", "r+b") as log:
+        if log.seek(0, os.SEEK_END) < offset:
+            raise UsageError(f"{run / 'log.jsonl'} is shorter than at the checkpoint: it was changed by something else")
+        log.truncate(offset)
+    return run, checkpoint
+
+
+def _remove_leftovers(run: Path) -> None:
+    for leftover in run.glob("*.tmp"):
+        leftover.unlink()
+
+
+def _check_same(before: dict, now: dict, run: Path) -> None:
+    differs = sorted(k for k in {*before, *now} - MAY_CHANGE if before.get(k) != now.get(k))
+    if differs:
+        changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differs)
+        raise UsageError(f"{run} was started with other settings ({changes}): use those, or another --out")
+
+
+def append_log(run: Path, record: dict) -> None:
+    """Append one line to log.jsonl. Raises ValueError for a number that is not finite."""
+    line = json.dumps(record, allow_nan=False) + "\n"
+    with _full_disk_is_named(run), open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def read_log(run: Path) -> list[dict]:
+    """Return the lines of log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def save_checkpoint(run: Path, state: dict) -> None:
+    """Write checkpoint.pt so that at any moment, even after a kill, the old or the new one is whole."""
+    state = {**state, "log_bytes": (run / "log.jsonl").stat().st_size}
+    save_atomically(run / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def save_atomically(path: str | Path, write: Callable) -> None:
+    """Call write(binary file) on a temporary neighbour of `path`, flush it to disk, then rename it."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _full_disk_is_named(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _full_disk_is_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:      # torch.save reports a failed write as RuntimeError
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or (isinstance(error, RuntimeError) and "write" in str(error).lower()):
+            raise UsageError(f"cannot write {path}: the disk is full ({error}); what was there before is kept. "
+                             f"Free some space, then use --resume") from None
+        raise
+
+
+@contextlib.contextmanager
+def stop_signal(max_minutes: float | None = None, spent_seconds: float = 0.0) -> Iterator[SimpleNamespace]:
+    """Yield an object whose `requested()` tells whether to stop, with `reason` "signal" (SIGINT, SIGTERM) or "time".
+
+    A second Ctrl-C interrupts at once. `spent_seconds` of an earlier part of the run count against the limit.
+    """
+    state = SimpleNamespace(reason=None)
+    deadline = time.monotonic() + 60 * max_minutes - spent_seconds if max_minutes else math.inf
+
+    def requested() -> bool:
+        if state.reason is None and time.monotonic() >= deadline:
+            state.reason = "time"
+        return state.reason is not None
+
+    def on_signal(number, frame):
+        if state.reason == "signal":
+            raise KeyboardInterrupt
+        state.reason = "signal"
+        print("stopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    state.requested = requested
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_finite(value: float, what: str, where: str, run: Path) -> None:
+    """Raise UsageError, naming the place and the checkpoint that is left, unless `value` is finite."""
+    if not math.isfinite(value):
+        kept = run / "checkpoint.pt"
+        left = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet"
+        raise UsageError(f"non-finite {what} ({value}) at {where}; {left}. A smaller learning rate usually helps")
+
+
+def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and 1.96 sigma / sqrt(N), population sigma, over independent tasks: the field's usual 95 % interval."""
+    values = np.asarray(values, dtype=np.float64)
+    return float(values.mean()), float(1.96 * values.std() / math.sqrt(len(values)))
+
+
+def progress(total: int, initial: int, description: str, **options) -> tqdm:
+    """A bar with rate and time left on stderr; one line every half minute where stderr is not a terminal."""
+    quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
+    return tqdm(total=total, initial=initial, desc=description, dynamic_ncols=sys.stderr.isatty(), **quiet, **options)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """Name of the device, CPU threads, versions and the repository's commit: what a measurement needs beside it."""
+    import importlib.metadata as metadata
+    found = {name: metadata.version(name) for name in ("torch", "triton", "numpy") if _installed(name)}
+    git = lambda *command: subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = git("rev-parse", "HEAD")
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()) if commit.returncode == 0 else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {"device_name": name, "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), **found},
+            "commit": commit.stdout.strip() or None, "dirty": dirty}
+
+
+def _installed(name: str) -> bool:
+    import importlib.util
+    return importlib.util.find_spec(name) is not None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU (None where that is unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource                                            # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_result(run: Path, device: torch.device, record: dict) -> None:
+    """Write result.json: `record` with peak memory and the description of the machine."""
+    record = {**record, "peak_memory_bytes": peak_memory_bytes(device), **describe_machine(device)}
+    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
+    save_atomically(run / "result.json", lambda file: file.write(text.encode()))
+
+
+def plot_curves(path: Path, title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: str,
+                ylabel: str) -> None:
+    """Draw {label: (x, y)} into a PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120)
+    for label, (x, y) in series.items():
+        axes.plot(x, y, label=label, linewidth=1.6, marker="o" if len(x) <= 30 else None, markersize=3.5)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    save_atomically(path, lambda file: figure.savefig(file, format="png"))
+    plt.close(figure)
+
+
+# --- data files ------------------------------------------------------------------------------------------------------
+
+def fetch_file(urls: Sequence[str], target: str | Path, *, sha256: str | None = None, md5: str | None = None,
+               size: int | None = None, manual: str) -> Path:
+    """Download to `target` from the first mirror that gives the right file; resumes `target`.part.
+
+    Args: urls in order of preference; sha256, md5 (hex) and size (bytes) as far as known; manual: what the user can do
+    when every mirror fails. Raises DownloadError with each mirror's reason.
+    """
+    target = Path(target)
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part, reasons = target.with_name(target.name + ".part"), []
+    for url in urls:
+        for attempt in range(3):
+            try:
+                _download(url, part, size)
+                _verify(part, sha256, md5, size)
+                os.replace(part, target)
+                return target
+            except DataError as error:                             # a wrong file: nothing of it is worth keeping
+                part.unlink(missing_ok=True)
+                reasons.append(f"{url}: {error}")
+                break
+            except urllib.error.HTTPError as error:
+                reasons.append(f"{url}: {error}")
+                break
+            except (OSError, EOFError) as error:                   # a broken connection: try again from where it broke
+                reasons.append(f"{url}: {error}")
+                time.sleep(0.2 * 2**attempt)
+    raise DownloadError(f"cannot download {target.name}:\n  " + "\n  ".join(reasons) + f"\n{manual}")
+
+
+def _download(url: str, part: Path, size: int | None) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "modgrad"} | ({"Range": f"bytes={have}-"} if have else {}))
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:                             # nothing is left to send: the part may be whole
+            return
+        raise
+    with response:
+        if "text/html" in response.headers.get("Content-Type", ""):
+            raise DataError("got a web page, not the file")
+        resumed = response.status == 206
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        expected = have + int(length) if length else size
+        with open(part, "ab" if resumed else "wb") as file, progress(expected, have, part.stem, unit="B",
+                                                                      unit_scale=True) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if expected and part.stat().st_size < expected:
+        raise EOFError(f"the connection ended after {part.stat().st_size} of {expected} bytes")
+
+
+def _verify(path: Path, sha256: str | None, md5: str | None, size: int | None) -> None:
+    if size is not None and path.stat().st_size != size:
+        raise DataError(f"got {path.stat().st_size} bytes, expected {size}")
+    for name, expected in (("sha256", sha256), ("md5", md5)):
+        if expected:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, name).hexdigest() if hasattr(hashlib, "file_digest") else \
+                    hashlib.new(name, file.read()).hexdigest()
+            if found != expected:
+                raise DataError(f"{name} is {found}, expected {expected}")
+
+
+def extract_archive(path: str | Path, target: str | Path) -> Path:
+    """Unpack a zip or tar file into the folder `target`; nothing appears there before all of it is unpacked.
+
+    Raises DataError for a damaged archive, for members that are links, devices or would land outside, and for a
+    member that is already there.
+    """
+    path, target = Path(path), Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".tmp", dir=target.parent))
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    kind = stat.S_IFMT(member.external_attr >> 16)
+                    _check_member(path, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                archive.extractall(stage)
+        elif path.exists() and tarfile.is_tarfile(path):
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    _check_member(path, member.name, member.isfile() or member.isdir())
+                archive.extractall(stage, filter="data")
+        else:
+            raise DataError(f"{path} is no zip or tar file, or is damaged: remove it and fetch it again")
+        target.mkdir(exist_ok=True)
+        there = [entry.name for entry in stage.iterdir() if (target / entry.name).exists()]
+        if there:
+            raise DataError(f"{target / there[0]} is already there: move it away to unpack {path} again")
+        for entry in stage.iterdir():
+            os.replace(entry, target / entry.name)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path} cannot be unpacked: {error}; remove it and fetch it again") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return target
+
+
+def _check_member(archive: Path, name: str, plain: bool) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or not plain:
+        raise DataError(f"{archive} holds the unsafe member {name!r}; it was not unpacked")
+
+
+def fingerprint_files(paths: Sequence[Path]) -> str:
+    """A text that changes with the names, sizes and times of the files."""
+    lines = []
+    for path in sorted(map(Path, paths)):
+        status = path.stat()
+        lines.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def cached_array(folder: str | Path, stem: str, fingerprint: str, build: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return build()'s array, read-only and memory-mapped from a file whose name carries the fingerprint.
+
+    A damaged file is built anew; where the folder cannot be written the array stays in memory, which is said.
+    """
+    path = Path(folder) / f"{stem}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:12]}.npy"
+    if path.exists():
+        with contextlib.suppress(ValueError, EOFError, OSError):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    array = build()
+    try:
+        save_atomically(path, lambda file: np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False))
+    except (OSError, UsageError) as error:
+        print(f"no cache: {error}; decoding will be repeated next time", file=sys.stderr)
+        array.flags.writeable = False
+        return array
+    return np.load(path, mmap_mode="r", allow_pickle=False)

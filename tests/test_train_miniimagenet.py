@@ -1,0 +1,172 @@
+"""The training script as its users run it: complete runs, interruption, memory-saving chunks, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_miniimagenet as mini
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--episodes", "24", "--val-every", "12",
+        "--val-episodes", "6", "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
+
+
+def script(*flags, env=None, **options):
+    return subprocess.run([sys.executable, str(ROOT / "train_miniimagenet.py"), *map(str, flags)], cwd=options.pop("cwd", ROOT),
+                          capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300, **options)
+
+
+def weights(run):
+    checkpoint = torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+    return {**checkpoint["weights"]["theta"], **(checkpoint["weights"]["generator"] or {})}
+
+
+@pytest.fixture(scope="module")
+def complete_run(tmp_path_factory):
+    """An uninterrupted tiny run in a folder without data: (its folder, what it printed)."""
+    home = tmp_path_factory.mktemp("home")
+    done = script(*TINY, "--out", home / "run", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return home / "run", done.stdout
+
+
+def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
+    run, printed = complete_run
+    assert printed.splitlines()[0].startswith("SYNTHETIC")
+    assert {p.name for p in run.iterdir()} >= {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curves.png"}
+    result = json.loads((run / "result.json").read_text())
+    assert result["synthetic"] is True and result["dataset"] == "synthetic"
+    assert result["tasks"] == 6 and result["episodes"] == 24 and 0 <= result["value"] <= 1
+    assert result["config"]["adapt"] == ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["episode"] for line in lines if "loss" in line] == [6, 12, 18, 24]
+    assert [line["episode"] for line in lines if "val_accuracy" in line] == [12, 24]
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml"])
+def test_the_baselines_run(method, tmp_path):
+    done = script(*TINY, "--method", method, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["config"]["inner_steps"] == 5 and result["config"]["first_order"] == (method == "fomaml")
+
+
+def test_modgrad_learns_the_synthetic_classes(tmp_path):
+    """Far above chance (20 %) within a minute; a broken meta-gradient stays near an untrained network's 45 %."""
+    done = script("--image-size", 32, "--channels", 32, "--episodes", 300, "--val-every", 300, "--val-episodes", 40,
+                  "--test-episodes", 100, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["value"] - result["ci95"] > 0.5
+
+
+def kill_when(process, ready, number):
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_resumes_to_the_same_numbers(number, complete_run, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_miniimagenet.py"), *TINY, "--out", str(run)], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = run / "log.jsonl"
+    kill_when(process, lambda: (run / "checkpoint.pt").exists() and log.read_text().count("\n") >= 2, number)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert not (run / "result.json").exists()
+    done = script(*TINY, "--out", run, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert log.read_text() == (complete_run[0] / "log.jsonl").read_text()
+    expected = weights(complete_run[0])
+    assert all(torch.equal(expected[name], t) for name, t in weights(run).items())
+    ours, theirs = (json.loads((folder / "result.json").read_text())["value"] for folder in (run, complete_run[0]))
+    assert ours == theirs
+
+
+def test_the_time_limit_stops_and_still_tests(tmp_path):
+    done = script(*TINY, "--episodes", 100_000, "--max-minutes", 0.05, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 < result["episodes"] < 100_000 and result["tasks"] == 6
+
+
+def test_chunks_of_tasks_give_the_same_gradients():
+    args = mini.parse_flags([*TINY, "--meta-batch", "5"])
+    learner = mini.build_learner(args, torch.device("cpu"))
+    images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
+    batch = mini.sample_episodes(images, 5, 5, 5, 5, torch.Generator().manual_seed(0))
+    gradients = []
+    for chunk in (None, 1, 2):
+        args.task_chunk = chunk
+        mini.meta_step(learner, torch.optim.SGD(learner.parameters(), lr=0.0), args, batch, None)
+        gradients.append([p.grad.clone() for p in learner.parameters()])
+    largest = max(g.abs().max() for g in gradients[0])
+    for other in gradients[1:]:      # float32 sums of five tasks in another order
+        assert all((a - b).abs().max() <= 1e-6 * largest for a, b in zip(gradients[0], other))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--ways", "30"], "ways is 30"),
+    (["--shots", "58"], "shots + queries"),
+    (["--adapt", "conv9.weight"], "conv9.weight"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+    (["--method", "maml", "--refine"], "--refine"),
+    (["--kernel", "triton", "--device", "cpu"], "triton"),
+    (["--device", "cuda:99"], "cuda"),
+    (["--episodes", "0"], "episodes"),
+    (["--image-size", "8"], "image_size"),
+])
+def test_bad_flags_end_in_one_clear_line(flags, message, tmp_path):
+    done = script(*TINY, *flags, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(complete_run):
+    run, _ = complete_run
+    before = (run / "log.jsonl").read_text()
+    again = script(*TINY, "--out", run, cwd=run.parent)
+    assert again.returncode == 2 and "--resume" in again.stderr
+    other = script(*TINY, "--out", run, "--resume", "--inner-lr", 0.5, cwd=run.parent)
+    assert other.returncode == 2 and "inner_lr" in other.stderr
+    assert (run / "log.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    done = script(*TINY, "--meta-lr", 1e30, "--out", tmp_path / "run", cwd=tmp_path)
+    assert done.returncode == 2 and "non-finite" in done.stderr and "episode" in done.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_every_method_sees_the_same_evaluation_tasks(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mini, "adapt_and_predict", lambda learner, args, sx, sy, qx, rng, train: seen.append(sx) or
+                        torch.zeros(*qx.shape[:2], args.ways))
+    images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
+    for seed in ("1", "2"):
+        args = mini.parse_flags([*TINY, "--seed", seed])
+        mini.evaluate(mini.build_learner(args, torch.device("cpu")), args, images, 6, "test")
+    half = len(seen) // 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
+
+
+@pytest.mark.skipif("MODGRAD_DATA" not in os.environ, reason="MODGRAD_DATA names no folder with real data")
+def test_the_real_images_train(tmp_path):
+    data = Path(os.environ["MODGRAD_DATA"]) / "mini-imagenet"
+    done = script("--data", data, "--episodes", 6, "--val-every", 6, "--val-episodes", 3, "--test-episodes", 6,
+                  "--log-every", 6, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" not in done.stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["synthetic"] is False

@@ -1,0 +1,835 @@
+"""Few-shot classification on mini-ImageNet (Table 2 of the paper).
+
+    python train_miniimagenet.py --backbone conv4 --shots 5
+
+is the paper's main cell: ModGrad, Conv-4, 5-way 5-shot, one inner step (paper: 69.17 ± 0.69 %; 1-shot 53.20 ± 0.86 %).
+Without the real images it runs on an embedded SYNTHETIC set. Shapes: T tasks, N images of a task, S image side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import http.client
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+import urllib.request
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
+                    extract_archive, fetch_file, fingerprint_files, mean_ci95, non_negative_float, open_run, plot_curves,
+                    positive_float, positive_int, progress, read_log, run_main, save_checkpoint, setup, stop_signal,
+                    write_result)
+from kernels import resolve_backend
+from modgrad import Chain, Generator, adapt, conv4
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+EVALUATION_SEED = 20200823      # of validation and test tasks: the same for every run, so that results compare
+CONVS = ("conv1", "conv2", "conv3", "conv4")
+DEFAULTS = {                    # what differs between the methods
+    "modgrad": {"inner_steps": 1, "inner_lr": 0.1, "adapt": ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]},
+    "maml": {"inner_steps": 5, "inner_lr": 0.01,
+             "adapt": [f"{layer}.{kind}" for layer in (*CONVS, "head") for kind in ("weight", "bias")]},
+}
+DEFAULTS["fomaml"] = DEFAULTS["maml"]
+SMOKE = {"episodes": 24, "val_every": 12, "val_episodes": 8, "test_episodes": 16, "image_size": 32, "channels": 16,
+         "log_every": 6, "checkpoint_every": 12, "context_dim": 32}
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_argument_group("task")
+    task.add_argument("--data", help="folder with mini-ImageNet (default: data/mini-imagenet if it is there, else an "
+                                     "embedded SYNTHETIC set)")
+    task.add_argument("--download", action="store_true", help="fetch mini-ImageNet into --data first")
+    task.add_argument("--ways", type=positive_int, default=5, help="classes per task (paper: 5)")
+    task.add_argument("--shots", type=positive_int, default=5, help="support images per class (paper: 1, 5, 10, 15, 20)")
+    task.add_argument("--queries", type=positive_int, default=15, help="query images per class (paper: 15)")
+    task.add_argument("--image-size", type=positive_int, default=84, help="pixels per side (paper: 84)")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad")
+    method.add_argument("--backbone", choices=tuple(BACKBONES), default="conv4")
+    method.add_argument("--channels", type=positive_int, default=64, help="filters per Conv-4 layer (paper: 64)")
+    method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad 1, maml 5)")
+    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01)")
+    method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
+                        "modgrad the last two convolutions' weights and biases, maml all convolutions and the head)")
+    method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
+    method.add_argument("--context-dim", type=positive_int, default=300, help="D, length of nu (paper: 300)")
+    method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
+    method.add_argument("--factors", choices=("flat", "natural"), default="flat",
+                        help="matrix view of a convolution: flat (o k) x (i k), natural o x (i k k)")
+    method.add_argument("--init", choices=("identity", "released"), default="identity",
+                        help="M at the start of training: 1 (MAML), or PyTorch's default layers (M about 2e-4)")
+    method.add_argument("--first-order", action="store_true", help="no second derivatives (fomaml implies it)")
+    method.add_argument("--refine", action="store_true",
+                        help="the authors' released code for K > 1: 2K passes refine nu, always from theta^0")
+    method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
+                        help="eta, standard deviation of noise on the inner gradient (Fig. 9)")
+    method.add_argument("--batch-norm", choices=("transductive", "support"), default="transductive",
+                        help="query statistics: of all queries together (paper), or of the support set (not transductive)")
+    method.add_argument("--kernel", choices=("auto", "triton", "eager"), default="auto",
+                        help="the modulated update: auto is Triton on CUDA, eager elsewhere")
+
+    train = parser.add_argument_group("meta-training")
+    train.add_argument("--episodes", type=positive_int, default=50_000, help="training tasks in all (paper: 50,000)")
+    train.add_argument("--meta-batch", type=positive_int, default=3, help="tasks per outer update (released code: 3)")
+    train.add_argument("--task-chunk", type=positive_int, help="tasks held in memory at once (default: all)")
+    train.add_argument("--meta-lr", type=positive_float, default=1e-3, help="Adam's rate for theta and psi (paper: 1e-3)")
+    train.add_argument("--meta-lr-halve-every", type=positive_int, default=10_000, help="episodes (paper: 10,000)")
+    train.add_argument("--val-every", type=positive_int, default=2_500, help="training episodes between validations")
+    train.add_argument("--val-episodes", type=positive_int, default=400, help="validation tasks (released code: 400)")
+    train.add_argument("--log-every", type=positive_int, default=60, help="training episodes per line of log.jsonl")
+    train.add_argument("--checkpoint-every", type=positive_int, default=300, help="training episodes between checkpoints")
+
+    test = parser.add_argument_group("test")
+    test.add_argument("--test-episodes", type=positive_int, default=600, help="test tasks (paper: 600)")
+    test.add_argument("--test-split", choices=("test", "val"), default="test", help="classes of the final evaluation")
+    test.add_argument("--eval-batch", type=positive_int, default=5, help="tasks evaluated at once")
+    test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
+    add_run_flags(parser)
+    return complete(parser.parse_args(argv))
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
+    for name, value in DEFAULTS[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.first_order |= args.method == "fomaml"
+    if args.refine and args.method != "modgrad":
+        raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
+    if args.smoke:
+        if args.data or args.download:
+            raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
+        vars(args).update(SMOKE)
+    args.out = args.out or f"runs/miniimagenet/{args.method}-{args.backbone}-{args.shots}shot-seed{args.seed}"
+    return args
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------------
+# Shapes: C classes of a split, P images per class, S image side, T tasks, N rows of one task.
+
+SPLITS = ("train", "val", "test")
+STANDARD = {"train": (64, 600), "val": (16, 600), "test": (20, 600)}     # classes x images, Ravi & Larochelle
+SYNTHETIC_PER_CLASS = 60      # enough for 20 shots + 15 queries; all 100 classes are drawn in seconds
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+LAYOUTS = """\
+  images/*.jpg with train.csv, val.csv, test.csv (columns filename,label)
+  train/CLASS/*.jpg (or .png), val/CLASS/..., test/CLASS/...
+  mini-imagenet-cache-{train,val|validation,test}.pkl (image_data, class_dict)
+  miniImageNet_category_split_{train_phase_train,val,test}.pickle (data, labels, catname2label)"""
+
+
+class Images(NamedTuple):
+    """One split: C classes with P images each, sorted by class name."""
+
+    images: np.ndarray      # uint8 RGB (C, P, S, S, 3), read-only
+    names: list             # C class names
+    dataset: str            # description for logs, figures and result files
+    synthetic: bool
+
+
+def find_data(root):
+    """Find a data set in `root` or up to two folders below: (folder, "csv" | "folders" | "pickles") or None.
+
+    Raises DataError when several folders of one depth hold one, since a choice would be a guess.
+    """
+    level = [Path(root)]
+    for _ in range(3):
+        found = [(home, layout) for home in level if (layout := _sniff(home))]
+        if len(found) > 1:
+            places = ", ".join(str(home) for home, _ in found)
+            raise DataError(f"{root} holds several data sets ({places}); point --data at one of them")
+        if found:
+            return found[0]
+        level = [path for home in level for path in _subfolders(home)]
+    return None
+
+
+def load_split(root, split, image_size=84):
+    """Load one split as uint8 images, decoded once and cached beside the data as a memory-mapped array.
+
+    Classes are sorted by name, images by file name (pickles: stored order). Images of another size are
+    resized to image_size x image_size by PIL's bicubic filter, its default, as the authors' code does.
+    Returns Images. Raises UsageError for an unknown split or size, DataError where data is missing or broken,
+    including classes of unequal size: episodes are drawn from one (C, P) block.
+    """
+    _check_request(split, image_size)
+    if (source := find_data(root)) is None:
+        raise DataError(f"no mini-ImageNet data in {Path(root).absolute()} or its subfolders; looked for\n"
+                        f"{LAYOUTS}\nTo download it: python train_miniimagenet.py --download --data {root}")
+    home, layout = source
+    index = functools.cache(lambda: _read_index(home, layout))      # reads pickles only if the cache is stale
+    inputs = _pickle_files(home).values() if layout == "pickles" else [
+        *(home / f"{name}.csv" for name in SPLITS if layout == "csv"),
+        *(path for files in index()[split].values() for path in files)]
+    mark, cache = fingerprint_files(sorted(inputs)), home / "cache"
+    names = cached_array(cache, f"{split}-names", mark, lambda: np.array(sorted(index()[split])))
+    images = cached_array(cache, f"{split}-{image_size}", mark,
+                          lambda: _decode(index()[split], image_size, split))
+    standard = STANDARD[split]
+    note = "" if images.shape[:2] == standard else f", not the standard {standard[0]} x {standard[1]}"
+    dataset = _describe(f"mini-ImageNet ({layout})", split, images) + note
+    return Images(images, names.tolist(), dataset, synthetic=False)
+
+
+def _describe(source, split, images):
+    classes, count, size = images.shape[:3]
+    return f"{source}, {split}: {classes} classes x {count} images of {size}x{size} pixels"
+
+
+def _check_request(split, image_size):
+    if split not in SPLITS:
+        raise UsageError(f"split is {split!r}; allowed are {', '.join(SPLITS)}")
+    if image_size < 1:
+        raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")
+
+
+def _subfolders(home):
+    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
+    if not home.is_dir():
+        return []
+    with os.scandir(home) as entries:
+        return sorted(Path(entry) for entry in entries
+                      if not entry.name.startswith((".", "__")) and entry.is_dir())
+
+
+def _sniff(home):
+    """The layout that folder `home` holds, complete or not, so that a missing part can be named later."""
+    if (home / "images").is_dir() and any((home / f"{split}.csv").is_file() for split in SPLITS):
+        return "csv"
+    if any(_subfolders(home / split) for split in SPLITS):
+        return "folders"
+    return "pickles" if _pickle_files(home) else None
+
+
+def _read_index(home, layout):
+    """Read and check {split: {class: images}}, images being a list of paths or a uint8 array (P, H, W, 3)."""
+    index = {"csv": _index_csv, "folders": _index_folders, "pickles": _index_pickles}[layout](home)
+    owner = {}
+    for split in SPLITS:
+        counts = {name: len(images) for name, images in sorted(index.get(split, {}).items())}
+        if not any(counts.values()):
+            raise DataError(f"{home}: the {split} split is missing or empty; {', '.join(SPLITS)} are needed")
+        short = [f"{name} has {count}" for name, count in counts.items() if count < max(counts.values())]
+        if short:
+            raise DataError(f"{home}: all {split} classes must hold as many images as the largest of them, "
+                            f"{max(counts.values())}; {', '.join(short[:5])} ({len(short)} short in all)")
+        if both := sorted(owner.keys() & counts):
+            raise DataError(f"{home}: class {both[0]} is in both {owner[both[0]]} and {split}; "
+                            "splits must not overlap")
+        owner.update(dict.fromkeys(counts, split))
+    return index
+
+
+def _index_csv(home):
+    present = set(os.listdir(home / "images"))
+    index, seen = {}, {}
+    for split in SPLITS:
+        path = home / f"{split}.csv"
+        if not path.is_file():
+            raise DataError(f"{path} is missing; train.csv, val.csv and test.csv are needed beside images/")
+        classes = index[split] = {}
+        for line, filename, label in _csv_rows(path):
+            if filename in seen:
+                raise DataError(f"{path} line {line}: {filename} is already listed in {seen[filename]}")
+            seen[filename] = f"{path.name} line {line}"
+            classes.setdefault(label, []).append(filename)
+    absent = [filename for filename in seen if filename not in present]
+    if absent:
+        raise DataError(f"{home / 'images'} lacks {len(absent)} of the {len(seen)} files the csv files name, "
+                        f"the first being {absent[0]} ({seen[absent[0]]})")
+    return {split: {label: [home / "images" / filename for filename in sorted(files)]
+                    for label, files in classes.items()} for split, classes in index.items()}
+
+
+def _csv_rows(path):
+    """Yield (line number, filename, label)."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        if header != ["filename", "label"]:
+            raise DataError(f"{path}: columns are {header}, expected ['filename', 'label']")
+        for row in rows:
+            if len(row) != 2 or not all(row):
+                raise DataError(f"{path} line {rows.line_num}: {row} is not a filename and a label")
+            yield rows.line_num, *row
+
+
+def _index_folders(home):
+    index = {}
+    for split in SPLITS:
+        index[split] = {folder.name: sorted(folder.glob("[!.]*")) for folder in _subfolders(home / split)}
+        for path in (path for files in index[split].values() for path in files):
+            if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+                raise DataError(f"{path} is not a .jpg or .png image; class folders may hold images only")
+    return index
+
+
+def _pickle_files(home):
+    """{split: path} of the pickles in `home`. DataError if two files claim the same split."""
+    files = {}
+    # MetaOptNet's ..._train_phase_{val,test} hold held-out images of the train classes, so no split of ours.
+    pattern = (r".*(?:cache-|category_split_(?:train_phase_(?=train))?)"
+               r"(train|val|validation|test)\.(?:pkl|pickle)")
+    for path in sorted(home.glob("*.p*kl*")):
+        if match := re.fullmatch(pattern, path.name):
+            split = match[1].replace("validation", "val")
+            if split in files:
+                raise DataError(f"{files[split]} and {path} both claim the {split} split; remove one of them")
+            files[split] = path
+    return files
+
+
+def _index_pickles(home):
+    return {split: _read_pickle_classes(path) for split, path in _pickle_files(home).items()}
+
+
+def _read_pickle_classes(path):
+    """{class: uint8 (P, H, W, 3)} of one pickle; which of the two formats it is shows in its keys."""
+    content = load_pickle(path)
+    keys = content.keys() if isinstance(content, dict) else ()
+    try:
+        if {"image_data", "class_dict"} <= set(keys):
+            pixels, members = content["image_data"], content["class_dict"]
+        elif {"data", "labels", "catname2label"} <= set(keys):
+            pixels, labels = content["data"], np.asarray(content["labels"])
+            named = content["catname2label"].items()
+            members = {name: np.flatnonzero(labels == label) for name, label in named}
+        else:
+            found = sorted(map(str, keys)) or type(content).__name__
+            raise DataError(f"{path} holds {found}; expected a dict of image_data and class_dict, or of "
+                            "data, labels and catname2label")
+        members = {str(name): np.asarray(rows, np.int64) for name, rows in members.items()}
+        listed = np.sort(np.concatenate(list(members.values())))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: its classes are not given by image numbers: {error}") from error
+    if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 4
+            and pixels.shape[3] == 3):
+        found = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+        raise DataError(f"{path}: images are {found}, expected uint8 (count, height, width, 3)")
+    if not np.array_equal(listed, np.arange(len(pixels))):
+        raise DataError(f"{path}: its {len(members)} classes list {len(listed)} images, not each of the "
+                        f"{len(pixels)} images once")
+    return {name: pixels[rows] for name, rows in members.items()}
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and scalars, dicts, lists, strings, bytes and numbers, and nothing else."""
+
+    path = None
+    allowed = {"numpy ndarray": np.ndarray, "numpy dtype": np.dtype, 
+               "_codecs encode": lambda text, _: text.encode("latin1")}     # bytes under protocols 0 to 2
+    for core in ("numpy.core", "numpy._core"):      # the names in pickles written by numpy 1 and numpy 2
+        allowed[f"{core}.multiarray _reconstruct"] = np.zeros(1).__reduce__()[0]
+        allowed[f"{core}.multiarray scalar"] = np.float64(0).__reduce__()[0]
+        allowed[f"{core}.numeric _frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
+
+    def find_class(self, module, name):
+        if f"{module} {name}" not in self.allowed:
+            raise DataError(f"{self.path} refers to {module}.{name}; a data set may hold only numpy arrays, "
+                            "dicts, lists, strings and numbers. Do not use this file")
+        return self.allowed[f"{module} {name}"]
+
+
+def load_pickle(path):
+    """Read a pickle of plain numpy data without running what it may contain. Raises DataError."""
+    with open(path, "rb") as file:
+        unpickler = _NumpyUnpickler(file, encoding="latin1")
+        unpickler.path = path
+        try:
+            return unpickler.load()
+        except DataError:
+            raise
+        except Exception as error:      # a damaged pickle can raise nearly anything
+            raise DataError(f"{path} is not a readable pickle: {type(error).__name__}: {error}") from error
+
+
+def _decode(classes, size, split):
+    """Decode {class: paths or array} to uint8 (C, P, S, S, 3), on threads since PIL releases the GIL."""
+    names = sorted(classes)
+    count = len(classes[names[0]])
+    out = np.empty((len(names), count, size, size, 3), np.uint8)
+
+    def fill(row):
+        for column, item in enumerate(classes[names[row]]):
+            out[row, column] = _pixels(item, size)
+
+    workers = os.cpu_count()
+    with progress(len(out) * count, 0, f"decoding {split}") as bar, ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(fill, range(len(names))):
+            bar.update(count)
+    return out
+
+
+def _pixels(item, size):
+    """RGB uint8 (S, S, 3) of an image file or of a decoded image (H, W, 3)."""
+    try:
+        with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{item} is not a readable image: {error}") from error
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BICUBIC))
+
+
+_ZENODO = "https://zenodo.org"
+# Plain HTTP(S) copies, tried in order; "record" is Zenodo's API address that lists each file's md5 and size.
+MIRRORS = (
+    {"name": "zenodo-7978538", "record": f"{_ZENODO}/api/records/7978538",
+     "urls": [f"{_ZENODO}/records/7978538/files/mini-imagenet-cache-{split}.pkl"
+              for split in ("train", "validation", "test")]},
+    {"name": "zenodo-7311663", "record": f"{_ZENODO}/api/records/7311663",
+     "urls": [f"{_ZENODO}/records/7311663/files/brandoslearn2learnminiimagenet.zip"]},
+    {"name": "hf-few-shot-datasets", "size": 2_089_692_471,
+     "sha256": "fdc1a84b906855d49382fee772675b070354b6d906adfe143c009cbfb9b87a57",
+     "urls": ["https://huggingface.co/datasets/pancake/few_shot_datasets/resolve/main/mini-imagenet.zip"]},
+)
+LICENCE = ("mini-ImageNet consists of ImageNet images: ImageNet's terms of access (non-commercial research "
+           "and education, https://image-net.org/download) apply to every copy.")
+
+
+def download(root):
+    """Fetch mini-ImageNet into `root` from the first mirror that works, verify it, return find_data(root).
+
+    A copy has to match its published checksum, where there is one, and the standard 64/16/20 x 600 images.
+    Raises DownloadError with every mirror's failure and the manual way. Interrupted downloads resume.
+    """
+    root = Path(root)
+    if source := find_data(root):
+        print(f"mini-ImageNet is already in {source[0]}; nothing to download", flush=True)
+        return source
+    print(LICENCE, flush=True)
+    links = "\n  ".join(MIRRORS[0]["urls"])
+    manual = (f"By hand: download these files in a browser and put them into {root.absolute()}:\n  {links}\n"
+              f"or put a copy there in any of these layouts:\n{LAYOUTS}")
+    failures = []
+    for mirror in MIRRORS:
+        try:
+            _fetch_mirror(mirror, root / ".download" / mirror["name"], root / mirror["name"], manual)
+            return find_data(root)
+        except (DownloadError, DataError) as error:
+            failures.append(f"{mirror['name']}: {str(error).replace(manual, '').strip()}")
+            print(f"mirror failed: {failures[-1]}", flush=True)
+    raise DownloadError("no mirror delivered mini-ImageNet:\n" + "\n".join(failures) + f"\n{manual}")
+
+
+def _fetch_mirror(mirror, stage, target, manual):
+    """Download to `stage`, check there, and only then move to `target`, where find_data looks."""
+    published = _published_checksums(mirror["record"]) if "record" in mirror else {}
+    for url in mirror["urls"]:
+        path = stage / url.rsplit("/", 1)[1]
+        known = published.get(path.name, {key: mirror[key] for key in ("sha256", "size") if key in mirror})
+        fetch_file([url], path, **known, manual=manual)
+    try:
+        for path in stage.glob("*.zip"):
+            extract_archive(path, stage)
+        _check_standard(stage)
+    except DataError:
+        shutil.rmtree(stage)        # kept, the damaged file would be taken for a finished one next time
+        raise
+    for path in stage.glob("*.zip"):
+        path.unlink()
+    os.replace(stage, target)
+
+
+def _published_checksums(record):
+    """{file name: {"md5": hex, "size": bytes}} from Zenodo's record API; {}, and a note, if it is silent."""
+    try:
+        with urllib.request.urlopen(record, timeout=30) as answer:
+            return {file["key"]: {"md5": file["checksum"].removeprefix("md5:"), "size": file["size"]}
+                    for file in json.load(answer)["files"]}
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        print(f"no checksums from {record} ({error}); the content is verified instead", flush=True)
+        return {}
+
+
+def _check_standard(home):
+    if (source := find_data(home)) is None:
+        raise DataError("the download holds no known layout of mini-ImageNet")
+    for split, classes in _read_index(*source).items():
+        shape = len(classes), len(next(iter(classes.values())))
+        if shape != STANDARD[split]:
+            raise DataError("the download's {} split is {} classes x {} images, not {} x {}".format(
+                split, *shape, *STANDARD[split]))
+
+
+def synthetic_split(split, seed=0, image_size=84):
+    """Draw the SYNTHETIC stand-in: 64/16/20 procedural classes x SYNTHETIC_PER_CLASS images, by `seed`.
+
+    A class is a lobed outline with a hole, a striped or ringed texture, an orientation and a loose palette;
+    the instances vary position, scale, rotation, colours, light, noise and a cluttered background. All splits
+    draw their classes from this one family with independent parameters. Returns Images.
+    """
+    _check_request(split, image_size)
+    classes = STANDARD[split][0]
+    images = np.empty((classes, SYNTHETIC_PER_CLASS, image_size, image_size, 3), np.uint8)
+    for number in range(classes):
+        rng = np.random.default_rng([seed, SPLITS.index(split), number])
+        images[number] = _draw_class(rng, SYNTHETIC_PER_CLASS, image_size)
+    images.flags.writeable = False
+    names = [f"synthetic-{split}-{number:02d}" for number in range(classes)]
+    dataset = _describe(f"SYNTHETIC (procedural, seed {seed})", split, images)
+    return Images(images, names, dataset, synthetic=True)
+
+
+def _draw_class(rng, count, size):
+    """One class: uint8 (count, S, S, 3). Scalars belong to the class, arrays (count, 1, 1) to instances."""
+    def each(low, high):
+        return rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
+
+    def mix(colours, channel, share):       # from the first to the second colour of (count, 2, 3)
+        first, second = np.moveaxis(colours[:, :, channel, None, None], 1, 0)
+        return first + (second - first) * share
+
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    x, y = axis[None, :], axis[:, None]
+    palette = rng.uniform(0, 1, (2, 3))
+    inside, texture = _draw_object(rng, each, x, y)                             # (count, S, S) each
+    colours = np.clip(palette + rng.normal(0, 0.2, (count, 2, 3)), 0, 1).astype(np.float32)
+    ground = rng.uniform(0.2, 0.8, (count, 2, 3)).astype(np.float32)
+    waves = [_grating(each, x, y, highest) for highest in (1.5, 5.0, 1.0)]      # cycles per half image
+    clutter = np.clip(0.5 + 0.35 * (waves[0] + waves[1] * waves[2]), 0, 1)
+    light = each(0.6, 1.2) * (1 + each(-0.3, 0.3) * x + each(-0.3, 0.3) * y)
+    noise = rng.standard_normal((count, size, size), np.float32) * each(0.01, 0.08)
+    out = np.empty((count, size, size, 3), np.uint8)
+    for channel in range(3):
+        behind = mix(ground, channel, clutter)
+        shown = (behind + (mix(colours, channel, texture) - behind) * inside) * light + noise
+        out[..., channel] = np.clip(shown, 0, 1) * 255 + 0.5
+    return out
+
+
+def _draw_object(rng, each, x, y):
+    """Opacity and texture share in [0, 1], both (count, S, S), of one class's object in varied poses."""
+    lobes, depth, twist = int(rng.integers(2, 8)), rng.uniform(0.1, 0.5), rng.uniform(-3, 3)
+    squash, hole = rng.uniform(0.5, 1.0), rng.uniform(0, 0.35)
+    frequency, slant, rings = rng.uniform(0.8, 4), rng.uniform(0, np.pi), rng.uniform(0, 1)
+    angle = rng.uniform(0, 2 * np.pi) + each(-0.35, 0.35)
+    scale, dx, dy = each(0.75, 1.1), x - each(-0.15, 0.15), y - each(-0.15, 0.15)
+    u = (np.cos(angle) * dx + np.sin(angle) * dy) / scale
+    v = (np.cos(angle) * dy - np.sin(angle) * dx) / (scale * squash)
+    radius = np.sqrt(u * u + v * v)
+    outline = 0.75 * (1 + depth * np.cos(lobes * np.arctan2(v, u) + twist * radius))
+    inside = np.clip((outline - radius) * 12, 0, 1) * np.clip((radius - hole) * 12, 0, 1)
+    along = (1 - rings) * (np.cos(slant) * u + np.sin(slant) * v) + rings * radius
+    texture = np.sin(2 * np.pi * frequency * along + each(0, 2 * np.pi))
+    return inside, np.clip(0.5 + 1.5 * texture, 0, 1)
+
+
+def _grating(each, x, y, highest):
+    angle, frequency = each(0, 2 * np.pi), each(0.3, highest)
+    return np.sin(2 * np.pi * frequency * (np.cos(angle) * x + np.sin(angle) * y) + each(0, 2 * np.pi))
+
+
+def to_tensor(images, device="cpu"):
+    """The split as a uint8 tensor (C, P, S, S, 3) on `device`; on the CPU it shares the memory map."""
+    with warnings.catch_warnings():     # the tensor is only read, so a read-only array is what we want
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(images.images).to(device)
+
+
+def sample_episodes(data, tasks, ways, shots, queries, generator):
+    """Draw T few-shot tasks: distinct classes per task, distinct images, support and query disjoint.
+
+    data: uint8 (C, P, S, S, 3) of `to_tensor`, on any device. generator: a torch.Generator on the CPU, so
+    that every device sees the same tasks. Returns (support_x, support_y, query_x, query_y): x uint8
+    (T, ways * shots, 3, S, S) and (T, ways * queries, 3, S, S), views of channels-last memory; y int64
+    (T, N). Rows interleave the classes, so each task's labels are 0..ways-1 repeated, as in the authors'
+    code. Raises UsageError for impossible sizes.
+    """
+    classes, per_class = data.shape[:2]
+    if min(tasks, ways, shots, queries) < 1:
+        raise UsageError(f"tasks={tasks}, ways={ways}, shots={shots}, queries={queries}: all must be above 0")
+    if ways > classes:
+        raise UsageError(f"ways is {ways}, but the split has only {classes} classes")
+    if shots + queries > per_class:
+        raise UsageError(f"shots + queries is {shots} + {queries} = {shots + queries}, but a class has only "
+                         f"{per_class} images")
+    chosen = _random_order((tasks, classes), generator)[:, :ways]                           # (T, ways)
+    members = _random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]    # (T, ways, n)
+    rows = (chosen[:, :, None] * per_class + members).transpose(1, 2).reshape(tasks, -1)    # (T, N)
+    if data.is_cuda:
+        rows = rows.pin_memory().to(data.device, non_blocking=True)
+    x = data.flatten(0, 1)[rows].movedim(-1, 2)                                             # (T, N, 3, S, S)
+    y = torch.arange(ways, device=data.device).repeat(tasks, shots + queries)               # (T, N)
+    cut = ways * shots
+    return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
+
+
+def _random_order(shape, generator):
+    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
+
+
+def normalise(x, dtype=torch.float32):
+    """uint8 (..., 3, S, S) -> (x / 255 - mean) / std with ImageNet's statistics, contiguous, in `dtype`."""
+    wide = torch.promote_types(dtype, torch.float32)        # half types are rounded once, at the end
+    scale, shift = _pixel_transform(x.device, wide)         # (3, 1, 1) each
+    pixels = x.to(wide, memory_format=torch.contiguous_format)
+    return pixels.mul_(scale).sub_(shift).to(dtype)
+
+
+@functools.cache
+def _pixel_transform(device, dtype):
+    """Factor 1 / (255 std) and offset mean / std; cached, as a copy to the device would halt the loop."""
+    mean = torch.tensor(IMAGENET_MEAN, device=device, dtype=dtype).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=device, dtype=dtype).view(3, 1, 1)
+    return 1 / (255 * std), mean / std
+
+
+# --- network ---------------------------------------------------------------------------------------------------------
+
+class Learner(NamedTuple):
+    """What is meta-learned, and the network cut where adaptation begins."""
+    theta: dict[str, Tensor]        # every tensor of the base network
+    adapted: tuple[str, ...]        # names of those that the inner loop changes
+    prefix: Chain                   # images -> features, the same before and after adaptation
+    suffix: Chain                   # features -> logits, reads the adapted tensors
+    generator: Generator | None     # psi; None for MAML (M = 1)
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
+
+    def state(self) -> dict:
+        """A copy of all weights, on the CPU."""
+        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        for name, t in self.theta.items():
+            t.copy_(state["theta"][name])
+        if self.generator:
+            self.generator.load_state_dict(state["generator"])
+
+
+BACKBONES = {"conv4": lambda args: conv4(args.ways, args.channels, args.image_size)}
+
+
+def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:
+    theta, network = BACKBONES[args.backbone](args)
+    theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
+    adapted = tuple(args.adapt)
+    prefix, suffix = network.split(adapted)
+    generator = None
+    if args.method == "modgrad":
+        generator = Generator({name: theta[name].shape for name in adapted}, args.context_dim, args.rank,
+                              args.factors, args.init, args.hidden_cap).to(device)
+    return Learner(theta, adapted, prefix, suffix, generator)
+
+
+# --- task loss -------------------------------------------------------------------------------------------------------
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each task: logits (T, N, ways), labels (T, N) -> (T,)."""
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Tensor, support_y: Tensor,
+                      query_x: Tensor, rng: torch.Generator | None, train: bool) -> Tensor:
+    """Adapt to each support set, then classify its queries: (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways)."""
+    theta, (tasks, support) = learner.theta, support_x.shape[:2]
+    with torch.set_grad_enabled(train):
+        features = learner.prefix(theta, support_x)
+        loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
+        adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, args.inner_lr, learner.generator,
+                        steps=args.inner_steps, first_order=args.first_order, refine=args.refine,
+                        noise_std=args.gradient_noise, rng=rng, differentiable=train, kernel=args.kernel)
+        adapted = {**theta, **adapted}
+        if args.batch_norm == "transductive":
+            return learner.suffix(adapted, learner.prefix(theta, query_x))
+        both = torch.cat([support_x, query_x], 1)
+        return learner.suffix(adapted, learner.prefix(theta, both, support), support)[:, support:]
+
+
+# --- meta-train ------------------------------------------------------------------------------------------------------
+
+def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, episode_batch,
+              rng: torch.Generator) -> Tensor:
+    """One outer update on a meta-batch, `--task-chunk` tasks at a time: returns (loss, accuracy), (2,) on the device."""
+    tasks = len(episode_batch[0])
+    totals = torch.zeros(2, device=episode_batch[0].device)
+    optimiser.zero_grad(set_to_none=True)
+    for chunk in zip(*(part.split(args.task_chunk or tasks) for part in episode_batch)):
+        support_x, support_y, query_x, query_y = chunk
+        logits = adapt_and_predict(learner, args, normalise(support_x), support_y, normalise(query_x), rng, train=True)
+        loss = cross_entropy(logits, query_y).sum() / tasks
+        loss.backward()
+        hits = (logits.detach().argmax(-1) == query_y).float().mean(1).sum() / tasks
+        totals += torch.stack([loss.detach(), hits])
+    optimiser.step()
+    return totals
+
+
+def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None,
+               splits: dict[str, Tensor], device: torch.device) -> dict:
+    """Train until `--episodes`, the time limit or a signal; returns the progress record, whose "best" holds weights."""
+    optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
+    episode_rng = torch.Generator().manual_seed(args.seed)
+    noise_rng = torch.Generator(device).manual_seed(args.seed)
+    now = {"episode": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_episode": 0, "best": None, "pending": [],
+           "stopped": None}
+    if checkpoint:
+        learner.load(checkpoint["weights"])
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        episode_rng.set_state(checkpoint["episode_rng"])
+        noise_rng.set_state(checkpoint["noise_rng"])
+        now = checkpoint["now"]
+
+    def save() -> None:
+        now["pending"] = read_losses(now, args, run)
+        save_checkpoint(run, {"weights": learner.state(), "optimiser": optimiser.state_dict(), "now": now,
+                              "episode_rng": episode_rng.get_state(), "noise_rng": noise_rng.get_state()})
+
+    started = time.monotonic() - now["seconds"]
+    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
+            progress(args.episodes, now["episode"], "episodes") as bar:
+        while now["episode"] < args.episodes and not stop.requested():
+            for group in optimiser.param_groups:
+                group["lr"] = args.meta_lr * 0.5 ** (now["episode"] // args.meta_lr_halve_every)
+            tasks = min(args.meta_batch, args.episodes - now["episode"])
+            batch = sample_episodes(splits["train"], tasks, args.ways, args.shots, args.queries, episode_rng)
+            now["pending"].append(meta_step(learner, optimiser, args, batch, noise_rng))
+            before, now["episode"] = now["episode"], now["episode"] + tasks
+            now["seconds"] = time.monotonic() - started
+            bar.update(tasks)
+            due = lambda every: now["episode"] // every > before // every or now["episode"] == args.episodes
+            if due(args.log_every):
+                log_training(now, args, run, bar)
+            if due(args.val_every):
+                validate(learner, args, run, splits["val"], now)
+            if due(args.checkpoint_every) or due(args.val_every):
+                save()
+        now["stopped"] = stop.reason
+        if now["stopped"] == "time" and now["best"] is None:
+            validate(learner, args, run, splits["val"], now)
+        save()
+    return now
+
+
+def read_losses(now: dict, args: argparse.Namespace, run: Path) -> list[list[float]]:
+    """(loss, accuracy) of the updates since the last log line; raises UsageError if a loss is not finite."""
+    pending = [p if isinstance(p, list) else p.tolist() for p in now["pending"]]
+    for k, (loss, _) in enumerate(reversed(pending)):
+        check_finite(loss, "meta-loss", f"episode {now['episode'] - k * args.meta_batch}", run)
+    return pending
+
+
+def log_training(now: dict, args: argparse.Namespace, run: Path, bar) -> None:
+    """One line of log.jsonl: the means over the updates since the last one."""
+    loss, accuracy = (sum(column) / len(column) for column in zip(*read_losses(now, args, run)))
+    append_log(run, {"episode": now["episode"], "loss": loss, "accuracy": accuracy})
+    bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{max(now['best_accuracy'], 0):.1%}")
+    now["pending"] = []
+
+
+def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, now: dict) -> None:
+    """Measure validation accuracy and keep the weights if they are the best so far."""
+    accuracy, ci95 = mean_ci95(evaluate(learner, args, images, args.val_episodes, "validation"))
+    append_log(run, {"episode": now["episode"], "val_accuracy": accuracy, "val_ci95": ci95})
+    if accuracy > now["best_accuracy"]:
+        now.update(best_accuracy=accuracy, best_episode=now["episode"], best=learner.state())
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+def evaluate(learner: Learner, args: argparse.Namespace, images: Tensor, episodes: int, what: str) -> list[float]:
+    """Accuracy of each of `episodes` tasks; the same tasks for every method, seed and device."""
+    rng, noise_rng = torch.Generator().manual_seed(EVALUATION_SEED), None
+    if args.gradient_noise:
+        noise_rng = torch.Generator(next(iter(learner.theta.values())).device).manual_seed(EVALUATION_SEED)
+    accuracies = []
+    with progress(episodes, 0, what) as bar:
+        while len(accuracies) < episodes:
+            tasks = min(args.eval_batch, episodes - len(accuracies))
+            support_x, support_y, query_x, query_y = sample_episodes(
+                images, tasks, args.ways, args.shots, args.queries, rng)
+            logits = adapt_and_predict(learner, args, normalise(support_x), support_y, normalise(query_x), noise_rng,
+                                       train=False)
+            accuracies += (logits.argmax(-1) == query_y).float().mean(1).tolist()
+            bar.update(tasks)
+    return accuracies
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
+
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Tensor], str, bool]:
+    """Return ({split: uint8 (C, P, S, S, 3) on the device}, description, synthetic)."""
+    root = Path(args.data or "data/mini-imagenet")
+    if args.download:
+        download(root)
+    if args.smoke or not (args.data or args.download or (root.is_dir() and find_data(root))):
+        splits = {split: synthetic_split(split, image_size=args.image_size) for split in SPLITS}
+        hint = "" if args.smoke else f"; no mini-ImageNet in {root}: see README, 'Data', or pass --download"
+        print(f"SYNTHETIC data: procedurally drawn classes, not mini-ImageNet{hint}", flush=True)
+    else:
+        splits = {split: load_split(root, split, args.image_size) for split in SPLITS}
+    first = splits["train"]
+    if not first.synthetic:
+        print("; ".join(images.dataset for images in splits.values()), flush=True)
+    return ({split: to_tensor(images, device) for split, images in splits.items()},
+            "synthetic" if first.synthetic else "mini-imagenet", first.synthetic)
+
+
+def draw_curves(run: Path, title: str) -> None:
+    """curves.png: training and validation accuracy against episodes, from log.jsonl."""
+    log = read_log(run)
+    pick = lambda key: tuple(zip(*((line["episode"], 100 * line[key]) for line in log if key in line)))
+    series = {"meta-training, query": pick("accuracy"), "validation": pick("val_accuracy")}
+    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "training episodes",
+                "accuracy, %")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(argv)
+    device = setup(args)
+    splits, dataset, synthetic = load_data(args, device)
+    try:
+        backend = resolve_backend(args.kernel, device)
+        learner = build_learner(args, device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from None
+    for images in splits.values():      # impossible sizes are refused before a run folder exists
+        sample_episodes(images, 1, args.ways, args.shots, args.queries, torch.Generator())
+    run, checkpoint = open_run(args.out, vars(args) | {"dataset": dataset}, args.resume)
+    print(f"{args.method} {args.backbone} {args.ways}-way {args.shots}-shot on {device} ({backend} kernel), "
+          f"{args.batch_norm} batch norm -> {run}", flush=True)
+    now = meta_train(learner, args, run, checkpoint, splits, device)
+    if now["stopped"] == "signal":
+        raise KeyboardInterrupt
+    if now["best"] is not None:
+        learner.load(now["best"])
+    accuracies = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")
+    accuracy, ci95 = mean_ci95(accuracies)
+    label = f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot {args.method}"
+    draw_curves(run, f"{label}: {accuracy:.1%} on {args.test_split}")
+    write_result(run, device, {
+        "metric": "accuracy", "value": accuracy, "ci95": ci95, "tasks": len(accuracies), "split": args.test_split,
+        "dataset": dataset, "synthetic": synthetic, "batch_norm": args.batch_norm, "config": vars(args),
+        "seed": args.seed, "episodes": now["episode"], "best_episode": now["best_episode"],
+        "best_val_accuracy": now["best_accuracy"], "kernel": backend,
+        "train_seconds": now["seconds"], "train_episodes_per_second": now["episode"] / now["seconds"]})
+    print(f"{label}, {args.test_split} accuracy ({args.batch_norm} batch norm): {100 * accuracy:.2f} ± "
+          f"{100 * ci95:.2f} % over {len(accuracies)} tasks; results in {run}")
+
+
+if __name__ == "__main__":
+    run_main(main)
