@@ -1,0 +1,372 @@
+"""Run folders, checkpoints, signals, downloads and archives: where something goes wrong, nothing is lost."""
+
+import argparse
+import errno
+import hashlib
+import http.server
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import DataError, DownloadError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- run folder ---
+
+def test_a_run_is_resumed_from_its_checkpoint_with_the_log_cut_back(tmp_path):
+    run, checkpoint = common.open_run(tmp_path / "run", {"seed": 1}, resume=False)
+    assert checkpoint is None
+    common.append_log(run, {"episode": 1, "loss": 0.5})
+    common.save_checkpoint(run, {"step": 1, "weights": torch.ones(2)})
+    common.append_log(run, {"episode": 2, "loss": 0.25})
+    (run / "checkpoint.pt.tmp").write_bytes(b"half")
+    run, checkpoint = common.open_run(run, {"seed": 1}, resume=True)
+    assert checkpoint["step"] == 1 and torch.equal(checkpoint["weights"], torch.ones(2))
+    assert common.read_log(run) == [{"episode": 1, "loss": 0.5}]
+    assert not (run / "checkpoint.pt.tmp").exists()
+
+
+def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(tmp_path):
+    common.open_run(tmp_path, {"seed": 1, "threads": 1}, resume=False)
+    common.save_checkpoint(tmp_path, {})
+    with pytest.raises(UsageError, match="--resume"):
+        common.open_run(tmp_path, {"seed": 1}, resume=False)
+    with pytest.raises(UsageError, match="seed was 1, is 2"):
+        common.open_run(tmp_path, {"seed": 2, "threads": 1}, resume=True)
+    common.open_run(tmp_path, {"seed": 1, "threads": 2}, resume=True)
+
+
+def test_resume_without_a_checkpoint_starts_afresh_and_says_so(tmp_path, capsys):
+    assert common.open_run(tmp_path / "run", {}, resume=True)[1] is None
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    common.open_run(tmp_path, {}, resume=False)
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UsageError, match="checkpoint.pt cannot be read"):
+        common.open_run(tmp_path, {}, resume=True)
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
+    script = """
+import os, signal, sys, torch, common
+from pathlib import Path
+run, _ = common.open_run(sys.argv[1], {}, False)
+common.save_checkpoint(run, {"step": 1})
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+common.save_checkpoint(run, {"step": 2})
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "checkpoint.pt.tmp").exists()
+    assert common.open_run(tmp_path, {}, resume=True)[1]["step"] == 1
+
+
+def test_a_full_disk_is_named_and_the_old_checkpoint_kept(tmp_path, monkeypatch):
+    common.open_run(tmp_path, {}, resume=False)
+    common.save_checkpoint(tmp_path, {"step": 1})
+
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(UsageError, match="disk is full"):
+        common.save_checkpoint(tmp_path, {"step": 2})
+    assert not list(tmp_path.glob("*.tmp"))
+    assert common.open_run(tmp_path, {}, resume=True)[1]["step"] == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_torch_writing_to_a_full_device_is_named(tmp_path, monkeypatch):
+    common.open_run(tmp_path, {}, resume=False)
+    real_open = open
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: real_open(
+        "/dev/full" if str(path).endswith("checkpoint.pt.tmp") else path, *a, **k))
+    with pytest.raises(UsageError, match="disk is full"):
+        common.save_checkpoint(tmp_path, {"weights": torch.zeros(100_000)})
+
+
+def test_the_log_refuses_numbers_that_are_not_finite(tmp_path):
+    common.open_run(tmp_path, {}, resume=False)
+    with pytest.raises(ValueError):
+        common.append_log(tmp_path, {"loss": float("nan")})
+    assert common.read_log(tmp_path) == []
+    with pytest.raises(UsageError, match="non-finite loss .inf. at step 3"):
+        common.check_finite(float("inf"), "loss", "step 3", tmp_path)
+
+
+def test_result_json_names_the_machine(tmp_path):
+    common.write_result(tmp_path, torch.device("cpu"), {"metric": "accuracy", "value": 0.5})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["value"] == 0.5 and result["device_name"] and result["threads"] >= 1
+    assert result["versions"]["torch"] == torch.__version__ and result["peak_memory_bytes"] > 1e7
+
+
+def test_curves_are_a_picture(tmp_path):
+    common.plot_curves(tmp_path / "c.png", "SYNTHETIC", {"a": ([0, 1], [0.2, 0.4])}, "x", "y")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mean_and_interval():
+    mean, half = common.mean_ci95([0.0, 1.0, 0.0, 1.0])
+    assert mean == 0.5 and half == pytest.approx(1.96 * 0.5 / 2)
+
+
+# --- flags, signals, errors ---
+
+def flags(*argv):
+    parser = argparse.ArgumentParser()
+    common.add_run_flags(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("argv", [["--max-minutes", "0"], ["--max-minutes", "nan"], ["--threads", "1.5"],
+                                  ["--threads", "-1"], ["--precision", "fp8"]])
+def test_bad_values_of_flags_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags(*argv)
+    assert stopped.value.code == 2 and argv[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(UsageError, match=device):
+        common.setup(flags("--device", device))
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    draws = [common.setup(flags("--seed", s, "--device", "cpu")) and torch.rand(2).tolist() for s in ("3", "3", "4")]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_signals_and_time_ask_to_stop():
+    before = signal.getsignal(signal.SIGTERM)
+    with common.stop_signal() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested() and stop.reason == "signal"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    with common.stop_signal(max_minutes=1, spent_seconds=61) as stop:
+        assert stop.requested() and stop.reason == "time"
+
+
+def test_user_errors_are_one_line_and_bugs_keep_their_traceback(capsys):
+    def bad_input():
+        raise UsageError("what was wrong")
+    with pytest.raises(SystemExit) as stopped:
+        common.run_main(bad_input)
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: what was wrong\n"
+    with pytest.raises(ZeroDivisionError):
+        common.run_main(lambda: 1 / 0)
+
+
+# --- downloads ---
+
+BODY = bytes(range(256)) * 4000
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """A mirror on this machine; its `log` lists (path, Range) of each request."""
+    log = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            asked = self.headers.get("Range")
+            log.append((self.path, asked))
+            if self.path == "/missing":
+                return self.send_error(404)
+            if self.path == "/page":
+                self.send_response(200)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.end_headers()
+                return self.wfile.write(b"<html>quota exceeded</html>")
+            start = int(asked[6:-1]) if asked and self.path != "/norange" else 0
+            if start >= len(BODY):
+                return self.send_error(416)
+            body = BODY[start:] if self.path != "/corrupt" else b"x" * len(BODY)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            cut = len(body) // 2 if self.path == "/cut" and len(log) == 1 or self.path == "/broken" else len(body)
+            self.wfile.write(body[:cut])
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    httpd.log = log
+    httpd.url = f"http://127.0.0.1:{httpd.server_port}"
+    yield httpd
+    httpd.shutdown()
+
+
+def fetch(server, tmp_path, *paths, **known):
+    return common.fetch_file([server.url + p for p in paths], tmp_path / "file.bin", **({"sha256": SHA} | known),
+                             manual="get it by hand")
+
+
+def test_a_file_is_fetched_verified_and_not_fetched_again(server, tmp_path):
+    assert fetch(server, tmp_path, "/good").read_bytes() == BODY
+    fetch(server, tmp_path, "/good")
+    assert len(server.log) == 1 and not list(tmp_path.glob("*.part"))
+
+
+def test_a_cut_connection_is_resumed_where_it_broke(server, tmp_path):
+    assert fetch(server, tmp_path, "/cut").read_bytes() == BODY
+    assert server.log == [("/cut", None), ("/cut", f"bytes={len(BODY) // 2}-")]
+
+
+@pytest.mark.parametrize("path", ["/good", "/norange"])
+def test_a_part_of_an_earlier_try_is_used_if_the_server_can(path, server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(BODY[:1000])
+    assert fetch(server, tmp_path, path).read_bytes() == BODY
+    assert server.log == [(path, "bytes=1000-")]
+
+
+def test_a_part_that_is_already_whole_is_recognised(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(BODY)
+    assert fetch(server, tmp_path, "/good").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("bad", ["/missing", "/page", "/corrupt"])
+def test_the_next_mirror_is_tried(bad, server, tmp_path):
+    assert fetch(server, tmp_path, bad, "/good").read_bytes() == BODY
+
+
+def test_all_mirrors_failing_lists_the_reasons_and_the_manual_way(server, tmp_path):
+    with pytest.raises(DownloadError) as failed:
+        fetch(server, tmp_path, "/missing", "/page", "/corrupt", "/broken")
+    for text in ("404", "web page", "sha256 is", "the connection ended after", "get it by hand"):
+        assert text in str(failed.value)
+    assert not (tmp_path / "file.bin").exists()
+
+
+def test_size_and_md5_are_checked(server, tmp_path):
+    with pytest.raises(DownloadError, match="expected 7"):
+        fetch(server, tmp_path, "/good", size=7)
+    with pytest.raises(DownloadError, match="md5 is"):
+        fetch(server, tmp_path, "/good", sha256=None, md5="0" * 32)
+
+
+# --- archives and caches ---
+
+def make_zip(path, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return path
+
+
+def test_archives_are_unpacked_beside_what_is_there(tmp_path):
+    target = tmp_path / "out"
+    common.extract_archive(make_zip(tmp_path / "a.zip", a__b="1"), target)
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("c/d")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"2"))
+    common.extract_archive(tmp_path / "c.tar.gz", target)
+    assert (target / "a" / "b").read_text() + (target / "c" / "d").read_text() == "12"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "c.tar.gz", "out"]
+    with pytest.raises(DataError, match="already there"):
+        common.extract_archive(tmp_path / "a.zip", target)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "..\\evil"])
+def test_a_zip_that_would_leave_its_folder_is_refused(name, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(name), "x")
+    with pytest.raises(DataError, match="evil"):
+        common.extract_archive(tmp_path / "bad.zip", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_in_a_tar_are_refused(kind, tmp_path):
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        info = tarfile.TarInfo("link")
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(DataError, match="link"):
+        common.extract_archive(tmp_path / "bad.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path):
+    info = zipfile.ZipInfo("link")
+    info.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(DataError, match="link"):
+        common.extract_archive(tmp_path / "bad.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["cut.zip", "cut.tar.gz"])
+def test_a_cut_archive_is_named_and_leaves_nothing(name, tmp_path):
+    whole = tmp_path / ("whole" + name[3:])
+    payload = os.urandom(50_000)
+    if name.endswith("zip"):
+        make_zip(whole, a=payload)
+    else:
+        with tarfile.open(whole, "w:gz") as archive:
+            info = tarfile.TarInfo("a")
+            info.size = len(payload)
+            archive.addfile(info, io.BytesIO(payload))
+    (tmp_path / name).write_bytes(whole.read_bytes()[:30_000])
+    with pytest.raises(DataError, match=name):
+        common.extract_archive(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_array_is_built_once_per_fingerprint_and_rebuilt_if_damaged(tmp_path):
+    built = []
+
+    def build():
+        built.append(1)
+        return np.arange(6)
+    for fingerprint in ("a", "a", "b"):
+        array = common.cached_array(tmp_path, "x", fingerprint, build)
+        assert array.tolist() == list(range(6)) and not array.flags.writeable
+    assert len(built) == 2
+    for path in tmp_path.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-8])
+    assert common.cached_array(tmp_path, "x", "a", build).tolist() == list(range(6))
+    assert len(built) == 3
+
+
+def test_without_a_writable_cache_the_array_stays_in_memory(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert common.cached_array(tmp_path / "file", "x", "a", lambda: np.ones(2)).tolist() == [1, 1]
+    assert "no cache" in capsys.readouterr().err
+
+
+def test_a_fingerprint_follows_name_size_and_time(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("1")
+    marks = [common.fingerprint_files([path])]
+    os.utime(path, (1, 1))
+    marks.append(common.fingerprint_files([path]))
+    path.write_text("12")
+    os.utime(path, (1, 1))
+    marks.append(common.fingerprint_files([path]))
+    assert len(set(marks)) == 3
