@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import train_miniimagenet as mini
 from common import describe_machine, positive_int, run_main, save_atomically, setup
@@ -72,21 +73,37 @@ class Setting:
             (F.cross_entropy(naive.conv4_logits(adapted, query_x), query_y) / len(self.batch[0])).backward()
         self.optimiser.step()
 
-    def gradients(self, contender) -> list[torch.Tensor]:
+    def gradients(self, contender) -> torch.Tensor:
+        """The meta-gradient of everything in one vector; the weights are put back."""
         state = self.learner.state()
         contender()
         self.learner.load(state)
-        return [p.grad.clone() for p in self.learner.parameters()]
+        return torch.cat([p.grad.flatten() for p in self.learner.parameters()])
 
 
 def check_agreement(setting: Setting) -> float:
-    """Largest difference of the two meta-gradients relative to the largest entry; raises if they disagree."""
+    """Norm of the difference of the two meta-gradients relative to their norm; raises if they disagree.
+
+    In float32 the two sum in different orders, which now and then flips a ReLU or the winner of a pool: a few 1e-3 of the
+    norm are seen, 1e-5 where none flips. In float64 tests/test_modgrad.py holds them to 1e-10.
+    """
     ours, theirs = setting.gradients(setting.ours), setting.gradients(setting.naive)
-    largest = max(g.abs().max() for g in theirs)
-    error = (max((a - b).abs().max() for a, b in zip(ours, theirs)) / largest).item()
-    if not error < 1e-3:      # float32 through two derivatives of four convolutions: about 1e-5 is seen
-        raise RuntimeError(f"the contenders disagree: meta-gradients differ by {error:.1e} of the largest entry")
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    if not error < 0.02:
+        raise RuntimeError(f"the contenders disagree: their meta-gradients differ by {error:.1e} of the norm")
     return error
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sum of PyTorch's own operation counts; its FlopCounterMode also hooks modules, which autograd.grad does not bear."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        count = flop_registry.get(function._overloadpacket)
+        self.flops += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
 
 
 def seconds(run, device: torch.device) -> float:
@@ -133,7 +150,7 @@ def measure(args: argparse.Namespace) -> dict:
     figures = {"command": "python benchmark.py " + " ".join(sys.argv[1:]), **describe_machine(setting.device),
                "threads": torch.get_num_threads(), "meta_batch": args.meta_batch, "shots": args.shots,
                "image_size": args.image_size, "images": "synthetic", "gradient_difference": check_agreement(setting)}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         setting.ours()
     times = {"ours": [], "naive": []}
     for _ in range(args.repeats):                                # interleaved, so that noise hits both alike
@@ -142,7 +159,7 @@ def measure(args: argparse.Namespace) -> dict:
     for name, taken in times.items():
         figures[f"{name}_seconds_per_episode"] = quantiles(taken)
     ratios = [a / b for a, b in zip(times["ours"], times["naive"])]
-    flops, rate = counter.get_total_flops() / args.meta_batch, multiply_rate(setting.device)
+    flops, rate = counter.flops / args.meta_batch, multiply_rate(setting.device)
     figures |= {"ratio": quantiles(ratios), "gflop_per_episode": flops / 1e9, "matmul_gflops": rate / 1e9,
                 "share_of_matmul_rate": flops / figures["ours_seconds_per_episode"]["median"] / rate}
     figures["peak_memory_bytes"] = {
@@ -159,7 +176,7 @@ def report(figures: dict) -> None:
     line = lambda q: f"{q['median']:.3f}  [{q['p20']:.3f}, {q['p80']:.3f}]"
     print(f"{figures['device_name']}, {figures['threads']} thread(s), torch {figures['versions']['torch']}; 5-way "
           f"{figures['shots']}-shot Conv-4 at {figures['image_size']} pixels, meta-batch {figures['meta_batch']}")
-    print(f"meta-gradients differ by {figures['gradient_difference']:.1e} of the largest entry")
+    print(f"meta-gradients differ by {figures['gradient_difference']:.1e} of their norm")
     print(f"seconds per episode, median [20 %, 80 %]: ours {line(figures['ours_seconds_per_episode'])}, naive "
           f"{line(figures['naive_seconds_per_episode'])}; ratio {line(figures['ratio'])}")
     print(f"{figures['gflop_per_episode']:.1f} GFLOP an episode at {figures['share_of_matmul_rate']:.0%} of the measured "
