@@ -414,7 +414,8 @@ class _Modulate(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.sign = inputs[0]
-        ctx.save_for_backward(*inputs[1 + (len(output) if ctx.sign < 0 else 0):])
+        thetas = (len(inputs) - 1) // 4 if ctx.sign < 0 else 0       # no derivative needs theta: not kept
+        ctx.save_for_backward(*inputs[1 + thetas:])
 
     @staticmethod
     def backward(ctx, *out_grads):
@@ -517,8 +518,8 @@ def modulated_step(theta, grad, row, col, *, kernel: str = "auto"):
     Each may also be a list or tuple with one entry per adapted tensor; these then share kernel launches. All
     tensors have one device and one dtype of float16, bfloat16, float32, float64; Triton computes 16-bit
     tensors in float32. First and second derivatives are exact, for autograd and torch.func; vmap works.
-    Inside torch.compile the plain formula is used whatever `kernel` says: the compiler fuses it, and from a
-    hand-written autograd.Function it would lose second derivatives without an error.
+    Inside torch.compile the plain formula is used whatever `kernel` says: the compiler fuses it, while it
+    refuses a hand-written autograd.Function or loses its second derivatives without an error.
 
     Returns:
         A tensor (T, n1, n2), or a list of them when lists came in.
@@ -580,7 +581,7 @@ def _run(theta, grad, row, col, kernel: str, step: bool):
     entries = list(zip(*groups))
     for index, entry in enumerate(entries):
         _check_entry(names, entry, "" if single else f"[{index}]", groups[-3][0])
-    # True while torch.compile traces: it would drop second-order terms of the Functions without an error.
+    # True while torch.compile traces: it could drop second-order terms of the Functions without an error.
     backend = "eager" if torch.compiler.is_compiling() else resolve_backend(kernel, groups[-3][0].device)
     if backend == "triton":
         out = _run_triton(groups, step)

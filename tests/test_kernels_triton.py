@@ -1,0 +1,388 @@
+"""The Triton kernels, number by number: on the GPU where there is one, else in Triton's interpreter.
+
+The interpreter has to be chosen before the kernels are imported, so without a GPU this file is skipped in the
+ordinary process and run by `test_kernels_interpreter.py` in one of its own.
+"""
+
+import importlib
+import os
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels import (benchmark, modulate, modulate_reference, modulated_step,  # noqa: E402
+                     modulated_step_reference)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("no GPU, interpreter off: run by test_kernels_interpreter.py", allow_module_level=True)
+
+source = importlib.import_module("kernels.modulate")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+SHAPES = [(1, 1), (1, 64), (5, 7), (33, 130)]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+NETWORK = [(6, 9), (1, 4), (5, 20), (1, 6)]                 # two matrices and two biases
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    """Return normal values rounded to dtype, drawn on the CPU so that every device gets the same."""
+    values = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).to(DEVICE)
+
+
+def inputs(shape, tasks=2, dtype=torch.float64, theta="shared", seed=0):
+    """Return theta, grad, row, col that require gradients."""
+    n1, n2 = shape
+    theta_shape = {"shared": (n1, n2), "per task": (tasks, n1, n2)}[theta]
+    shapes = theta_shape, (tasks, n1, n2), (tasks, n1), (tasks, n2)
+    return [random(*s, dtype=dtype, seed=100 * seed + k).requires_grad_() for k, s in enumerate(shapes)]
+
+
+def network_inputs(tasks=2, dtype=torch.float64, shapes=NETWORK):
+    """Return lists thetas, grads, rows, cols."""
+    return [list(group) for group in zip(*(inputs(s, tasks, dtype, seed=k) for k, s in enumerate(shapes)))]
+
+
+def fused_step(*tensors):
+    return modulated_step(*tensors, kernel="triton")
+
+
+def fused(*tensors):
+    return modulate(*tensors, kernel="triton")
+
+
+def all_orders(step, tensors, context_only=False):
+    """Return y, its gradients, and the gradients of those, all with fixed random cotangents.
+
+    With `context_only` the second order starts from the gradients of row and col, as ModGrad's context does.
+    """
+    grad, row, col = tensors[-3:]
+    cotangents = [random(*t.shape, dtype=t.dtype, seed=50 + k) for k, t in enumerate((grad, grad, row, col))]
+    G = cotangents[0].requires_grad_()
+    y = step(*tensors)
+    first = torch.autograd.grad(y, tensors, G, create_graph=True)
+    start, weights = (first[-2:], cotangents[2:]) if context_only else (first[-3:], cotangents[1:])
+    second = torch.autograd.grad(start, (G, grad, row, col), weights)
+    return [value.detach() for value in (y, *first, *second)]
+
+
+def assert_as_good_as_eager(step, reference, tensors, context_only=False):
+    """Assert that each error is at most twice that of eager in the same dtype plus one unit of rounding.
+
+    The unit covers an eager result that is exact by luck and the interpreter's truncating bfloat16 cast.
+    """
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = all_orders(reference, wide, context_only)
+    eager = all_orders(reference, tensors, context_only)
+    for index, (true, plain, ours) in enumerate(zip(exact, eager, all_orders(step, tensors, context_only))):
+        assert ours.dtype == tensors[0].dtype and ours.shape == true.shape
+        allowed = 2 * (plain.double() - true).abs().max() + torch.finfo(ours.dtype).eps * true.abs().max()
+        error = (ours.double() - true).abs().max()
+        assert error <= allowed, f"result {index}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Tiles of 4 x 8, three down per program, so that small matrices have many tiles of every kind."""
+    monkeypatch.setattr(source, "_block", lambda n1, n2: (4, 8, 3))
+    source._plan.cache_clear()
+    yield
+    source._plan.cache_clear()
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("theta", ["shared", "per task", "expanded"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_forward_is_bitwise_eager(shape, theta, monkeypatch):
+    # A fused multiply-add rounds once where eager rounds twice, so it is switched off for this comparison.
+    monkeypatch.setattr(source, "LAUNCH_OPTIONS", {**source.LAUNCH_OPTIONS, "enable_fp_fusion": False})
+    first, *rest = inputs(shape, 3, torch.float32, "shared" if theta == "expanded" else theta)
+    first = first.expand(3, *shape) if theta == "expanded" else first
+    assert torch.equal(fused_step(first, *rest), modulated_step_reference(first, *rest))
+    assert torch.equal(fused(*rest), modulate_reference(*rest))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_orders_as_good_as_eager(shape, dtype):
+    assert_as_good_as_eager(fused_step, modulated_step_reference, inputs(shape, 3, dtype))
+    assert_as_good_as_eager(fused, modulate_reference, inputs(shape, 3, dtype)[1:])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_context_path_without_cotangent_of_d_grad(dtype):
+    tensors = inputs((5, 70), 2, dtype)
+    assert_as_good_as_eager(fused_step, modulated_step_reference, tensors, context_only=True)
+
+
+def test_programs_that_walk_down_several_tiles(tiny_tiles):
+    for shape in [(1, 1), (13, 9), (26, 17)]:
+        for ours, true in zip(all_orders(fused_step, inputs(shape)),
+                              all_orders(modulated_step_reference, inputs(shape))):
+            # Two float64 sums of at most 26 terms of order 10 differ by rounding alone: 26 * 10 * 2e-16.
+            torch.testing.assert_close(ours, true, rtol=1e-13, atol=1e-13)
+
+
+def test_many_partial_sums(tiny_tiles):
+    # 17 > 16 column tiles: the second stage takes more than one block of partial sums.
+    ours, true = (all_orders(step, inputs((3, 136), 1)) for step in (fused_step, modulated_step_reference))
+    for one, other in zip(ours, true):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-12)      # 136 terms of order 10
+
+
+@pytest.mark.parametrize("special", ["transposed grad", "expanded grad", "strided row", "expanded theta"])
+def test_strided_inputs(special):
+    theta, grad, row, col = inputs((5, 7), 3)
+    if special == "transposed grad":
+        grad = random(3, 7, 5).requires_grad_().transpose(1, 2)
+    if special == "expanded grad":
+        grad = random(1, 5, 7).requires_grad_().expand(3, 5, 7)
+    if special == "strided row":
+        row = random(3, 10).requires_grad_()[:, ::2]
+    if special == "expanded theta":
+        theta = random(7, 5).requires_grad_().t().expand(3, 5, 7)
+    tensors = theta, grad, row, col
+    for ours, true in zip(all_orders(fused_step, tensors), all_orders(modulated_step_reference, tensors)):
+        torch.testing.assert_close(ours, true, rtol=1e-13, atol=1e-13)
+
+
+def test_expanded_output_gradient():
+    tensors = inputs((5, 7))
+    ours, true = (torch.autograd.grad(step(*tensors).sum(), tensors)
+                  for step in (fused_step, modulated_step_reference))
+    for one, other in zip(ours, true):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_gradient_of_shared_theta_is_the_sum_over_tasks():
+    theta, *rest = inputs((5, 7), 3)
+    weights = random(3, 5, 7, seed=9)
+    ours, = torch.autograd.grad(fused_step(theta, *rest), theta, weights)
+    assert torch.equal(ours, weights.sum(0))
+
+
+def test_non_finite_values_follow_relu():
+    specials = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -2.0, 1e-30, -1e-30],
+                            device=DEVICE)
+    row, col = specials.repeat(4, 1).requires_grad_(), specials.repeat(4, 1).requires_grad_()
+    grad = torch.tensor([1.0, float("inf"), float("nan"), 0.0], device=DEVICE)[:, None, None].expand(4, 9, 9)
+    grad, theta = grad.clone().requires_grad_(), torch.ones(9, 9, device=DEVICE)
+    results = []
+    for step in (fused_step, modulated_step_reference):
+        y = step(theta, grad, row, col)
+        results.append([y, *torch.autograd.grad(y, (grad, row, col), torch.ones_like(y))])
+    assert results[1][0].isnan().any() and results[1][0].isfinite().any()
+    for ours, true in zip(*results):
+        torch.testing.assert_close(ours, true, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 130)])
+def test_every_entry_is_written_and_nothing_beside_it(shape, monkeypatch):
+    clean = all_orders(fused_step, inputs(shape))
+    plain_empty, buffers, margin = torch.empty, [], 64
+
+    def poisoned(size, dtype, device):
+        """A tensor of NaN inside a larger one of NaN."""
+        count = torch.Size(size).numel()
+        buffers.append(plain_empty(count + 2 * margin, dtype=dtype, device=device).fill_(float("nan")))
+        return buffers[-1][margin:margin + count].view(size)
+
+    monkeypatch.setattr(source.torch, "empty", poisoned)
+    results = all_orders(fused_step, inputs(shape))
+    monkeypatch.undo()
+    assert len(buffers) == 10                      # forward 1, backward 1 + 3, double backward 2 + 3
+    assert all(torch.equal(one, other) for one, other in zip(results, clean))
+    for buffer in buffers:
+        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
+        assert buffer[margin:-margin].isfinite().all()
+
+
+def test_euler_identity():
+    # relu(a b^T) has degree one in a and in b, so a . d_a = b . d_b = s <m ⊙ g, G> for each task.
+    theta, grad, row, col = inputs((33, 130), 3, torch.float32)
+    G = random(3, 33, 130, dtype=torch.float32, seed=8)
+    d_row, d_col = torch.autograd.grad(fused_step(theta, grad, row, col), (row, col), G)
+    terms = modulate_reference(grad, row, col) * G
+    # A sum of 33 * 130 terms in a tree makes log2 of that many roundings, 12.
+    bound = 12 * torch.finfo(torch.float32).eps * terms.abs().sum((1, 2))
+    assert terms.abs().sum() > 0
+    for value in ((row * d_row).sum(1), (col * d_col).sum(1)):
+        assert ((value + terms.sum((1, 2))).abs() <= bound).all()
+
+
+def test_repeated_runs_agree_bit_for_bit():
+    tensors = inputs((33, 130), 3, torch.float32)
+    first = all_orders(fused_step, tensors)
+    for _ in range(250 if DEVICE == "cuda" else 2):
+        assert all(torch.equal(one, other) for one, other in zip(all_orders(fused_step, tensors), first))
+
+
+def test_a_task_does_not_depend_on_its_batch():
+    theta, *rest = inputs((33, 130), 3, torch.float32)
+    alone = all_orders(fused_step, [theta, *(t[:1] for t in rest)])
+    # Cotangents are drawn per shape, so only the forward has the same inputs in both batches.
+    assert torch.equal(alone[0], fused_step(theta, *rest)[:1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="70,000 programs take minutes in the interpreter")
+def test_more_tasks_than_a_grid_axis_holds():
+    tensors = inputs((2, 3), 70_000, torch.float32)
+    assert_as_good_as_eager(fused_step, modulated_step_reference, tensors)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 17 GB and a GPU")
+def test_offsets_beyond_32_bits():
+    tasks, n = 5, 21_000                           # 2.2e9 elements
+    if torch.cuda.mem_get_info()[0] < 30 * 2 ** 30:
+        pytest.skip("needs 30 GB of free GPU memory")
+    grad = torch.ones(tasks, n, n, device=DEVICE, dtype=torch.bfloat16)
+    row = torch.arange(1, tasks + 1, device=DEVICE)[:, None].expand(tasks, n).to(torch.bfloat16)
+    out = modulate(grad, row, torch.ones_like(row), kernel="triton")
+    assert [out[task].float().mean().item() for task in range(tasks)] == [1, 2, 3, 4, 5]
+
+
+# --- lists ------------------------------------------------------------------------------------------------
+
+def test_list_form_equals_single_form():
+    thetas, grads, rows, cols = network_inputs(dtype=torch.float32)
+    together = fused_step(thetas, grads, rows, cols)
+    alone = [fused_step(*entry) for entry in zip(thetas, grads, rows, cols)]
+    assert isinstance(together, list) and all(torch.equal(*pair) for pair in zip(together, alone))
+    leaves = thetas + grads + rows + cols
+    derivatives = [torch.autograd.grad(sum(y.square().sum() for y in out), leaves, create_graph=True)
+                   for out in (together, alone)]
+    assert all(torch.equal(*pair) for pair in zip(*derivatives))
+    second = [torch.autograd.grad(sum(d.square().sum() for d in first), leaves) for first in derivatives]
+    assert all(torch.equal(*pair) for pair in zip(*second))
+
+
+def test_list_of_mixed_theta_and_of_more_tensors_than_one_launch():
+    shapes = [(1, 2 + k) for k in range(source.MAX_TENSORS_PER_LAUNCH + 1)]
+    thetas, grads, rows, cols = network_inputs(shapes=shapes, dtype=torch.float32)
+    thetas[1] = random(2, 1, 3, dtype=torch.float32)
+    for ours, entry in zip(fused_step(thetas, grads, rows, cols), zip(thetas, grads, rows, cols)):
+        # A fused multiply-add saves one rounding of numbers of order 1.
+        torch.testing.assert_close(ours, modulated_step_reference(*entry), rtol=2e-7, atol=2e-7)
+    for ours, entry in zip(fused(grads, rows, cols), zip(grads, rows, cols)):
+        torch.testing.assert_close(ours, modulate_reference(*entry), rtol=2e-7, atol=0)
+
+
+def test_list_output_that_is_not_used():
+    tensors = network_inputs()
+    _, grads, rows, _ = tensors
+    unused, used = torch.autograd.grad(fused_step(*tensors)[1].sum(), (rows[0], rows[1]))
+    assert not unused.any() and used.any()
+
+
+# --- derivatives ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("theta", ["shared", "per task"])
+def test_derivatives_fast(theta, tiny_tiles):
+    tensors = inputs((5, 9), theta=theta)
+    assert gradcheck(fused_step, tensors, fast_mode=True)
+    assert gradgradcheck(fused_step, tensors, fast_mode=True)
+
+
+def test_derivatives_of_modulate_fast():
+    assert gradcheck(fused, inputs((3, 5))[1:], fast_mode=True)
+    assert gradgradcheck(fused, inputs((3, 5))[1:], fast_mode=True)
+
+
+def test_derivatives_every_entry():
+    tensors = inputs((2, 3), 1)
+    assert gradcheck(fused_step, tensors)
+    assert gradgradcheck(fused_step, tensors)
+
+
+def test_derivatives_of_a_list_fast():
+    tensors = [t for group in network_inputs(shapes=[(2, 3), (1, 4)]) for t in group]
+
+    def flat(*flat_tensors):
+        return tuple(fused_step(*(list(flat_tensors[k:k + 2]) for k in range(0, 8, 2))))
+
+    assert gradgradcheck(flat, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("context_only", [False, True])
+def test_third_derivatives_equal_eager(context_only):
+    results = []
+    for step in (fused_step, modulated_step_reference):
+        tensors = inputs((3, 5))
+        order = torch.autograd.grad(step(*tensors).square().sum(), tensors, create_graph=True)
+        order = order[-2:] if context_only else order
+        order = torch.autograd.grad(sum(d.square().sum() for d in order), tensors[1:], create_graph=True)
+        results.append(torch.autograd.grad(sum(d.square().sum() for d in order), tensors[1:]))
+    for ours, true in zip(*results):
+        assert true.abs().max() > 0
+        torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-9)    # entries reach 1e5 in float64
+
+
+def test_meta_gradient_of_an_inner_step_equals_eager():
+    def meta_gradient(step):
+        theta, x, nu_weight = random(4, 6).requires_grad_(), random(3, 8, 6), random(10, 5, seed=7)
+        nu_weight.requires_grad_()
+        nu = torch.ones(3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        start = theta.expand(3, 4, 6)
+
+        def loss(weight):
+            return torch.tanh(x @ weight.transpose(1, 2)).square().sum()
+
+        grad, = torch.autograd.grad(loss(start), start, create_graph=True)
+        factors = (nu @ nu_weight.t()).abs()
+        trial = step(start, grad, factors[:, :4], factors[:, 4:])
+        context, = torch.autograd.grad(loss(trial), nu, create_graph=True)
+        factors = ((nu - context) @ nu_weight.t()).abs()
+        outer = loss(step(start, grad, factors[:, :4], factors[:, 4:]))
+        return torch.autograd.grad(outer, (theta, nu_weight))
+
+    for ours, true in zip(meta_gradient(fused_step), meta_gradient(modulated_step_reference)):
+        assert true.abs().min() > 0
+        torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-12)   # a chain of ~1e3 float64 operations
+
+
+# --- torch.func -------------------------------------------------------------------------------------------
+
+def quadratic(step):
+    return lambda row, theta, grad, col: step(theta, grad, row, col).square().sum()
+
+
+def test_func_second_derivative_equals_eager():
+    theta, grad, row, col = (t.detach() for t in inputs((3, 5)))
+
+    def second(step):
+        first = torch.func.grad(quadratic(step))
+        return torch.func.grad(lambda r: first(r, theta, grad, col).square().sum())(row)
+
+    torch.testing.assert_close(second(fused_step), second(modulated_step_reference), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, 0, 0), (1, 0, 1, None), (None, None, 2, 1)])
+def test_vmap_of_second_derivative_equals_eager(in_dims):
+    shapes = [[2, 3], [3, 5], [2, 3, 5], [2, 5]]             # row, theta, grad, col
+    for shape, axis in zip(shapes, in_dims):
+        if axis is not None:
+            shape.insert(axis, 4)
+    tensors = [random(*shape, seed=k) for k, shape in enumerate(shapes)]
+
+    def second(step):
+        first = torch.func.grad(quadratic(step))
+        return torch.func.vmap(torch.func.grad(lambda *args: first(*args).square().sum()), in_dims)(*tensors)
+
+    torch.testing.assert_close(second(fused_step), second(modulated_step_reference), rtol=1e-12, atol=1e-9)
+
+
+def test_jacrev_equals_eager():
+    theta, grad, row, col = (t.detach() for t in inputs((2, 3)))
+    ours, true = (torch.func.jacrev(lambda r: step(theta, grad, r, col))(row)
+                  for step in (fused_step, modulated_step_reference))
+    torch.testing.assert_close(ours, true, rtol=1e-13, atol=1e-13)
+
+
+def test_benchmark_finds_the_kernels_in_agreement():
+    case = benchmark.make_case([(5, 70), (1, 9)], 2, torch.float32, torch.device(DEVICE))
+    contenders = {name: benchmark.make_passes(name, case) for name in ("triton", "triton-single")}
+    assert 0 < max(benchmark.check_agreement(contenders, case, "here").values()) <= 1
