@@ -88,8 +88,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:N")
     run.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     run.add_argument("--max-minutes", type=positive_float, help="stop training after this time, then test as usual")
-    run.add_argument("--precision", choices=("fp32", "tf32"), default="fp32",
-                     help="convolutions and matrix products on CUDA: fp32, or the faster tf32 (10-bit mantissa)")
+    run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                     help="convolutions: fp32; tf32 (CUDA, 10-bit mantissa); bf16 activations of convolutional networks "
+                          "(fast on CUDA and on CPUs with AVX512-BF16 or AMX). Weights and updates stay float32")
 
 
 def setup(args: argparse.Namespace) -> torch.device:
@@ -197,9 +198,12 @@ def save_checkpoint(run: Path, state: dict) -> None:
 
 
 def save_atomically(path: str | Path, write: Callable) -> None:
-    """Call write(binary file) on a temporary neighbour of `path`, flush it to disk, then rename it."""
+    """Call write(binary file) on a temporary neighbour of `path`, flush it to disk, then rename it.
+
+    The temporary file is this process's own, so that two runs that build one cache at once do not disturb each other.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _full_disk_is_named(path):
         try:

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import modulated_step
+from kernels import batch_norm, conv2d, modulated_step
 
 Tensors = dict[str, Tensor]
 
@@ -368,7 +368,7 @@ def _per_task(t: Tensor, tasks: int, dims: int) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, support: int | None = None) -> Tensor:
     """x (T, N, ...) flattened to (T, N, in); weight (out, in) or (T, out, in) -> (T, N, out)."""
-    x = x.flatten(2)
+    x = x.flatten(2).to(weight.dtype)
     if weight.dim() == 2 and bias.dim() == 1:
         return F.linear(x, weight, bias)
     weight, bias = _per_task(weight, len(x), 2), _per_task(bias, len(x), 1)
@@ -381,26 +381,29 @@ def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor, support: int | None = 
 
 def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor,
                 support: int | None = None) -> Tensor:
-    """conv 3x3, batch norm per task, max-pool 2, ReLU: x (T, N, C, H, W) -> (T, N, C', H/2, W/2)."""
-    tasks = len(x)
+    """conv 3x3, batch norm per task, max-pool 2, ReLU: x (T, N, C, H, W) -> (T, N, C', H/2, W/2).
+
+    The activations keep x's dtype; 16-bit ones meet float32 statistics.
+    """
+    tasks, weight, bias = len(x), weight.to(x.dtype), bias.to(x.dtype)
     per_task = (_per_task(weight, tasks, 4), _per_task(bias, tasks, 1),
                 _per_task(gamma, tasks, 1), _per_task(beta, tasks, 1))
     if x.device.type == "cpu":
         # Channels-last, task by task: batch norm and max-pool are then vectorised over channels and a task's
         # activations stay in cache; this block takes a small fraction of the time of the grouped form below.
         images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
-        blocks = [_norm_pool(F.conv2d(image, w, b, padding=1), g, o, support)
+        blocks = [_norm_pool(conv2d(image, w, b), g, o, support)
                   for image, w, b, g, o in zip(images, *per_task)]
         return torch.cat(blocks).unflatten(0, (tasks, -1))
     # Samples first in memory, so that tasks x channels are adjacent: a convolution with shared weights, one with
     # weights per task (grouped) and batch norm per task are one launch each, without a copy between blocks.
     x = x.transpose(0, 1)                                                            # (N, T, C, H, W)
     if weight.dim() == 4 and bias.dim() == 1:
-        y = F.conv2d(x.flatten(0, 1), weight, bias, padding=1)                       # (N T, C', H, W)
+        y = conv2d(x.flatten(0, 1), weight, bias)                                    # (N T, C', H, W)
         y = y.unflatten(0, (-1, tasks)).flatten(1, 2)                                # (N, T C', H, W)
     else:
         w, b = (t.flatten(0, 1) for t in per_task[:2])
-        y = F.conv2d(x.flatten(1, 2), w, b, padding=1, groups=tasks)                 # (N, T C', H, W)
+        y = conv2d(x.flatten(1, 2), w, b, groups=tasks)                              # (N, T C', H, W)
     gamma, beta = (t.flatten() for t in per_task[2:])
     return _norm_pool(y, gamma, beta, support).unflatten(1, (tasks, -1)).transpose(0, 1)
 
@@ -412,7 +415,7 @@ def _norm_pool(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, eps:
     touches a quarter of the numbers.
     """
     if support is None:
-        y = F.batch_norm(y, None, None, gamma, beta, training=True, eps=eps)
+        y = batch_norm(y, gamma, beta, eps)
     else:
         var, mean = torch.var_mean(y[:support], dim=(0, 2, 3), correction=0)
         scale = gamma * torch.rsqrt(var + eps)

@@ -645,8 +645,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Tensor, support_y: Tensor,
                       query_x: Tensor, rng: torch.Generator | None, train: bool) -> Tensor:
-    """Adapt to each support set, then classify its queries: (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways)."""
+    """Adapt to each support set, then classify its queries; x uint8.
+
+    (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways).
+    """
     theta, (tasks, support) = learner.theta, support_x.shape[:2]
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    support_x, query_x = normalise(support_x, dtype), normalise(query_x, dtype)
     with torch.set_grad_enabled(train):
         features = learner.prefix(theta, support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
@@ -670,7 +675,7 @@ def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse
     optimiser.zero_grad(set_to_none=True)
     for chunk in zip(*(part.split(args.task_chunk or tasks) for part in episode_batch)):
         support_x, support_y, query_x, query_y = chunk
-        logits = adapt_and_predict(learner, args, normalise(support_x), support_y, normalise(query_x), rng, train=True)
+        logits = adapt_and_predict(learner, args, support_x, support_y, query_x, rng, train=True)
         loss = cross_entropy(logits, query_y).sum() / tasks
         loss.backward()
         hits = (logits.detach().argmax(-1) == query_y).float().mean(1).sum() / tasks
@@ -762,8 +767,7 @@ def evaluate(learner: Learner, args: argparse.Namespace, images: Tensor, episode
             tasks = min(args.eval_batch, episodes - len(accuracies))
             support_x, support_y, query_x, query_y = sample_episodes(
                 images, tasks, args.ways, args.shots, args.queries, rng)
-            logits = adapt_and_predict(learner, args, normalise(support_x), support_y, normalise(query_x), noise_rng,
-                                       train=False)
+            logits = adapt_and_predict(learner, args, support_x, support_y, query_x, noise_rng, train=False)
             accuracies += (logits.argmax(-1) == query_y).float().mean(1).tolist()
             bar.update(tasks)
     return accuracies

@@ -34,11 +34,11 @@ def test_a_run_is_resumed_from_its_checkpoint_with_the_log_cut_back(tmp_path):
     common.append_log(run, {"episode": 1, "loss": 0.5})
     common.save_checkpoint(run, {"step": 1, "weights": torch.ones(2)})
     common.append_log(run, {"episode": 2, "loss": 0.25})
-    (run / "checkpoint.pt.tmp").write_bytes(b"half")
+    (run / "checkpoint.pt.7.tmp").write_bytes(b"half")
     run, checkpoint = common.open_run(run, {"seed": 1}, resume=True)
     assert checkpoint["step"] == 1 and torch.equal(checkpoint["weights"], torch.ones(2))
     assert common.read_log(run) == [{"episode": 1, "loss": 0.5}]
-    assert not (run / "checkpoint.pt.tmp").exists()
+    assert not list(run.glob("*.tmp"))
 
 
 def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(tmp_path):
@@ -74,7 +74,7 @@ common.save_checkpoint(run, {"step": 2})
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "checkpoint.pt.tmp").exists()
+    assert list(tmp_path.glob("checkpoint.pt.*.tmp"))
     assert common.open_run(tmp_path, {}, resume=True)[1]["step"] == 1
 
 
@@ -91,12 +91,22 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_kept(tmp_path, monkeypatch)
     assert common.open_run(tmp_path, {}, resume=True)[1]["step"] == 1
 
 
+def test_two_processes_may_write_one_file_at_once(tmp_path):
+    other = "import common, sys; common.save_atomically(sys.argv[1], lambda file: file.write(b'other'))"
+
+    def write(file):
+        file.write(b"ours")
+        subprocess.run([sys.executable, "-c", other, str(tmp_path / "cache")], cwd=ROOT, check=True)
+    common.save_atomically(tmp_path / "cache", write)
+    assert (tmp_path / "cache").read_bytes() == b"ours"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_torch_writing_to_a_full_device_is_named(tmp_path, monkeypatch):
     common.open_run(tmp_path, {}, resume=False)
     real_open = open
     monkeypatch.setattr("builtins.open", lambda path, *a, **k: real_open(
-        "/dev/full" if str(path).endswith("checkpoint.pt.tmp") else path, *a, **k))
+        "/dev/full" if str(path).endswith(".tmp") else path, *a, **k))
     with pytest.raises(UsageError, match="disk is full"):
         common.save_checkpoint(tmp_path, {"weights": torch.zeros(100_000)})
 

@@ -1,0 +1,128 @@
+"""Convolution and batch norm with closed-form double backward: against PyTorch's own, finite differences, in every layout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from kernels import batch_norm, conv2d
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+def plain_conv2d(x, weight, bias, groups=1):
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
+
+
+def plain_batch_norm(x, gamma, beta):
+    return F.batch_norm(x, None, None, gamma, beta, training=True, eps=1e-5)
+
+
+def tensors(op, layout="contiguous", dtype=torch.float64, shape=(3, 4, 5, 6), groups=1):
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)
+    x = (normal(*shape) + 0.3).contiguous(memory_format=LAYOUTS[layout])
+    rest = [normal(6, shape[1] // groups, 3, 3), normal(6)] if "conv" in op else [normal(shape[1]), normal(shape[1])]
+    return [t.to(dtype).requires_grad_() for t in (x, *rest)]
+
+
+def two_orders(op, inputs):
+    """The output, its gradient, and the gradient of a function of that gradient, for fixed cotangents."""
+    y = op(*inputs)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    first = torch.autograd.grad((y.square() * weight).sum(), inputs, create_graph=True)
+    return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
+
+
+OPS = {"conv": (conv2d, plain_conv2d), "batch norm": (batch_norm, plain_batch_norm)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPS)
+def test_both_orders_equal_pytorchs_own(op, layout):
+    ours, theirs = OPS[op]
+    for a, b in zip(two_orders(ours, tensors(op, layout)), two_orders(theirs, tensors(op, layout))):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)     # the same sums in another order
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolution_against_finite_differences(layout, groups):
+    inputs = tensors("conv", layout, shape=(2, 4, 3, 4), groups=groups)
+    op = lambda *args: conv2d(*args, groups)
+    assert gradcheck(op, inputs) and gradgradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm_against_finite_differences(layout):
+    inputs = tensors("batch norm", layout, shape=(2, 3, 3, 4))
+    assert gradcheck(batch_norm, inputs) and gradgradcheck(batch_norm, inputs)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+def test_any_subset_of_the_inputs_may_be_differentiated(op, asked):
+    inputs = [t.detach() for t in tensors(op, shape=(2, 3, 3, 4))]
+    chosen = [inputs[k].clone().requires_grad_() for k in asked]
+
+    def function(*given):
+        full = list(inputs)
+        for k, t in zip(asked, given):
+            full[k] = t
+        return OPS[op][0](*full)
+    assert gradcheck(function, chosen) and gradgradcheck(function, chosen)
+
+
+def elementary_batch_norm(x, gamma, beta):
+    """F.batch_norm's own third derivative is wrong: its double backward takes the saved statistics for constants."""
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(var + 1e-5) * gamma[:, None, None] + beta[:, None, None]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_third_derivatives_are_right_too(op):
+    ours, theirs = OPS[op][0], {"conv": plain_conv2d, "batch norm": elementary_batch_norm}[op]
+
+    def third(function):
+        inputs = tensors(op, shape=(2, 3, 3, 4))
+        y = function(*inputs)
+        first = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(3).sum() for g in first), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in second), inputs)
+    for a, b in zip(third(ours), third(theirs)):
+        # Cubes of cubes of sums: entries span ten orders of magnitude, so each is held to the largest.
+        assert (a - b).abs().max() <= 1e-8 * b.abs().max()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_16_bit_activations_are_as_good_as_pytorchs_own(op):
+    """Error against float64 at most twice that of PyTorch's own formulas in bfloat16, plus one rounding of the largest."""
+    ours, theirs = OPS[op]
+    exact = two_orders(theirs, tensors(op, "channels-last", shape=(8, 16, 10, 10)))
+
+    def in_16_bit(function):
+        inputs = tensors(op, "channels-last", shape=(8, 16, 10, 10))
+        dtypes = [torch.bfloat16, *[torch.bfloat16 if op == "conv" else torch.float32] * 2]
+        return two_orders(function, [t.detach().to(d).requires_grad_() for t, d in zip(inputs, dtypes)])
+    for true, a, b in zip(exact, in_16_bit(ours), in_16_bit(theirs)):
+        allowed = 2 * (b.double() - true).abs().max() + torch.finfo(torch.bfloat16).eps * true.abs().max()
+        assert (a.double() - true).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_channels_last_activations_are_channels_last(op):
+    """Mixed layouts cost an order of magnitude in the kernels that follow."""
+    x, *rest = tensors(op, "channels-last")
+    y = OPS[op][0](x, *rest)
+    first, = torch.autograd.grad(y.sum() + y.square().sum(), x, torch.tensor(1.0), create_graph=True)
+    second, = torch.autograd.grad(first.contiguous().square().sum(), x)
+    for t in (y, first, second):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_over_tasks(op):
+    inputs = [torch.stack([t.detach(), t.detach() + 0.1, 2 * t.detach()]) for t in tensors(op)]
+    together = torch.vmap(OPS[op][0])(*inputs)
+    for k in range(3):
+        torch.testing.assert_close(together[k], OPS[op][1](*(t[k] for t in inputs)), rtol=1e-10, atol=1e-10)
