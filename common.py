@@ -27,12 +27,14 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -48,16 +50,27 @@ class DownloadError(UsageError):
     """No mirror gave the file."""
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main; UsageError becomes one line on stderr and status 2, Ctrl-C status 130."""
+def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
+    """Call a script's main; UsageError becomes one line on stderr and status 2, Ctrl-C status 130.
+
+    `several_devices` tells that the script shares out its work when torchrun starts several processes.
+    """
+    store = join_ranks() if several_devices else None
     try:
-        main()
+        if not several_devices and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError("this script works on one device: start it without torchrun")
+        with first_rank_speaks():
+            main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if store is None or store.add("errors", 1) == 1:           # of several ranks, the first to fail says why
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank() == 0:
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if store:
+        dist.destroy_process_group()
 
 
 # --- flags and set-up ------------------------------------------------------------------------------------------------
@@ -96,6 +109,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def setup(args: argparse.Namespace) -> torch.device:
     """Seed everything, set precision, threads and the memory allocator; return the device. Raises UsageError."""
     device = _device(args.device)
+    if ranks() > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)                              # NCCL and Triton work on the current device
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
@@ -113,6 +128,11 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name!r} is no device: use auto, cpu, cuda or cuda:N") from None
+    if ranks() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(f"--device {name}: torchrun gives each process its own device; use auto, cuda or cpu")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s); use --device cpu")
     return device
@@ -129,14 +149,117 @@ def keep_freed_memory() -> None:
     libc.mallopt(top_pad, 2**26)
 
 
+# --- several devices -------------------------------------------------------------------------------------------------
+# torchrun starts one process, a rank, per device. Every rank draws all tasks from one seed and works on its share.
+
+LONGEST_WAIT = timedelta(minutes=30)      # for a rank that works alone: the first one downloads and decodes the images
+
+
+def join_ranks() -> dist.Store | None:
+    """Meet the other processes that torchrun started; return what they share, or None where this process is alone.
+
+    CUDA tensors go through NCCL, CPU tensors through gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    store, number, count = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=LONGEST_WAIT)
+    return store
+
+
+def rank() -> int:
+    """Number of this process: 0 writes the files and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Drop what ranks other than 0 print, bars included; an exception that leaves the block is still reported."""
+    if rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def _lost_rank_is_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"another process of this run ended or does not answer ({reason}); see what it said, then use "
+                         f"--resume") from None
+
+
+def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace tensors of one dtype and device by their sums over the ranks, in one all_reduce. Raises UsageError."""
+    if ranks() == 1:
+        return
+    with _lost_rank_is_named():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
+
+
+def sum_gradients(parameters: Iterable[torch.Tensor], totals: torch.Tensor) -> None:
+    """Sum the gradients and `totals` over the ranks; a rank whose share was empty adds zeros. Raises UsageError."""
+    if ranks() == 1:
+        return
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    sum_over_ranks([*(p.grad for p in parameters), totals])
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest value of any rank; waits for all of them, but for no device. Raises UsageError."""
+    if ranks() == 1:
+        return value
+    box = torch.tensor(value)
+    with _lost_rank_is_named():
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
+
+
+def from_first_rank(call: Callable[[], object]):
+    """Call `call` on rank 0 only; return its result, whose tensors are on the CPU, on every rank. Raises UsageError."""
+    if ranks() == 1:
+        return call()
+    box = [call() if rank() == 0 else None]
+    with _lost_rank_is_named():
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_of_machine() -> Iterator[None]:
+    """One rank of each machine runs the block before the others, so that they find the files it made."""
+    waits = ranks() > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        max_over_ranks(0)
+    yield
+    if not waits:
+        max_over_ranks(0)
+
+
 # --- run folder ------------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {"resume", "out", "max_minutes", "device", "threads", "test_split", "test_episodes", "eval_batch", "download",
-              "checkpoint_every", "kernel", "task_chunk", "data"}      # settings that a resumed run may change
+MAY_CHANGE = {"resume", "out", "max_minutes", "device", "threads", "test_split", "test_episodes", "test_images", "eval_batch",
+              "download", "checkpoint_every", "kernel", "task_chunk", "compile", "data"}      # settings that a resumed run may change
 
 
-def open_run(out: str | Path, config: dict, resume: bool) -> tuple[Path, dict | None]:
+def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] = frozenset()) -> tuple[Path, dict | None]:
     """Create the run folder, or with `resume` reopen it; return (folder, checkpoint or None).
+
+    `may_change`: settings that this script lets a resumed run change, besides those of MAY_CHANGE.
 
     Reopening cuts log.jsonl back to where the checkpoint was written. Raises UsageError where a run would be overwritten,
     continued with other settings, or its checkpoint cannot be read.
@@ -154,7 +277,7 @@ def open_run(out: str | Path, config: dict, resume: bool) -> tuple[Path, dict | 
         (run / "log.jsonl").write_bytes(b"")
         return run, None
     _remove_leftovers(run)
-    _check_same(json.loads(config_file.read_text()), json.loads(json.dumps(config)), run)
+    _check_same(json.loads(config_file.read_text()), json.loads(json.dumps(config)), run, may_change)
     try:
         checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
         offset = checkpoint["log_bytes"]
@@ -172,16 +295,18 @@ def _remove_leftovers(run: Path) -> None:
         leftover.unlink()
 
 
-def _check_same(before: dict, now: dict, run: Path) -> None:
-    differs = sorted(k for k in {*before, *now} - MAY_CHANGE if before.get(k) != now.get(k))
+def _check_same(before: dict, now: dict, run: Path, may_change: Set[str]) -> None:
+    differs = sorted(k for k in {*before, *now} - MAY_CHANGE - may_change if before.get(k) != now.get(k))
     if differs:
         changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differs)
         raise UsageError(f"{run} was started with other settings ({changes}): use those, or another --out")
 
 
 def append_log(run: Path, record: dict) -> None:
-    """Append one line to log.jsonl. Raises ValueError for a number that is not finite."""
+    """Append one line to log.jsonl, on rank 0. Raises ValueError for a number that is not finite."""
     line = json.dumps(record, allow_nan=False) + "\n"
+    if rank() > 0:
+        return
     with _full_disk_is_named(run), open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(line)
 
@@ -192,7 +317,9 @@ def read_log(run: Path) -> list[dict]:
 
 
 def save_checkpoint(run: Path, state: dict) -> None:
-    """Write checkpoint.pt so that at any moment, even after a kill, the old or the new one is whole."""
+    """Write checkpoint.pt, on rank 0, so that at any moment, even after a kill, the old or the new one is whole."""
+    if rank() > 0:
+        return
     state = {**state, "log_bytes": (run / "log.jsonl").stat().st_size}
     save_atomically(run / "checkpoint.pt", lambda file: torch.save(state, file))
 
@@ -233,19 +360,23 @@ def _full_disk_is_named(path: Path) -> Iterator[None]:
 def stop_signal(max_minutes: float | None = None, spent_seconds: float = 0.0) -> Iterator[SimpleNamespace]:
     """Yield an object whose `requested()` tells whether to stop, with `reason` "signal" (SIGINT, SIGTERM) or "time".
 
-    A second Ctrl-C interrupts at once. `spent_seconds` of an earlier part of the run count against the limit.
+    A second Ctrl-C interrupts at once. `spent_seconds` of an earlier part of the run count against the limit. Several
+    ranks stop together, at the same call of `requested()`.
     """
-    state = SimpleNamespace(reason=None)
+    state, reasons, heard = SimpleNamespace(reason=None), (None, "time", "signal"), []
     deadline = time.monotonic() + 60 * max_minutes - spent_seconds if max_minutes else math.inf
 
     def requested() -> bool:
         if state.reason is None and time.monotonic() >= deadline:
             state.reason = "time"
+        if agreed := max_over_ranks(reasons.index(state.reason)):
+            state.reason = reasons[agreed]
         return state.reason is not None
 
     def on_signal(number, frame):
-        if state.reason == "signal":
+        if heard:                                  # by this rank: a signal to another one is no first Ctrl-C here
             raise KeyboardInterrupt
+        heard.append(number)
         state.reason = "signal"
         print("stopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
@@ -316,8 +447,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def write_result(run: Path, device: torch.device, record: dict) -> None:
-    """Write result.json: `record` with peak memory and the description of the machine."""
-    record = {**record, "peak_memory_bytes": peak_memory_bytes(device), **describe_machine(device)}
+    """Write result.json: `record` with peak memory (of this process) and the description of the machine."""
+    record = {**record, "ranks": ranks(), "peak_memory_bytes": peak_memory_bytes(device), **describe_machine(device)}
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
     save_atomically(run / "result.json", lambda file: file.write(text.encode()))
 

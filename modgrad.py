@@ -226,6 +226,9 @@ def _modulated(current, gradient, factors, alpha, kernel) -> Tensors:
 
 def _gradient(loss_fn: Callable[[Tensors], Tensor], at: Tensors, graph: bool) -> Tensors:
     """Per-task gradients of loss_fn at `at`; tasks are independent, so the gradient of the sum holds each task's own."""
+    if torch.compiler.is_compiling():         # the one form that a compiled function can differentiate once more
+        grads = torch.func.grad(lambda at: loss_fn(at).sum())(at)
+        return grads if graph else {name: g.detach() for name, g in grads.items()}
     at = {name: t if graph and t.requires_grad else t.detach().requires_grad_() for name, t in at.items()}
     losses = loss_fn(at)
     if losses.dim() != 1:
@@ -385,26 +388,24 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
 
     The activations keep x's dtype; 16-bit ones meet float32 statistics.
     """
-    tasks, weight, bias = len(x), weight.to(x.dtype), bias.to(x.dtype)
-    per_task = (_per_task(weight, tasks, 4), _per_task(bias, tasks, 1),
-                _per_task(gamma, tasks, 1), _per_task(beta, tasks, 1))
+    tasks, weight = len(x), weight.to(x.dtype)
+    beta = beta + 0 * bias      # batch norm takes the bias away again: it is in the graph, but nothing is computed for it
+    per_task = _per_task(weight, tasks, 4), _per_task(gamma, tasks, 1), _per_task(beta, tasks, 1)
     if x.device.type == "cpu":
         # Channels-last, task by task: batch norm and max-pool are then vectorised over channels and a task's
         # activations stay in cache; this block takes a small fraction of the time of the grouped form below.
         images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
-        blocks = [_norm_pool(conv2d(image, w, b), g, o, support)
-                  for image, w, b, g, o in zip(images, *per_task)]
+        blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
         return torch.cat(blocks).unflatten(0, (tasks, -1))
     # Samples first in memory, so that tasks x channels are adjacent: a convolution with shared weights, one with
     # weights per task (grouped) and batch norm per task are one launch each, without a copy between blocks.
     x = x.transpose(0, 1)                                                            # (N, T, C, H, W)
-    if weight.dim() == 4 and bias.dim() == 1:
-        y = conv2d(x.flatten(0, 1), weight, bias)                                    # (N T, C', H, W)
+    if weight.dim() == 4:
+        y = conv2d(x.flatten(0, 1), weight)                                          # (N T, C', H, W)
         y = y.unflatten(0, (-1, tasks)).flatten(1, 2)                                # (N, T C', H, W)
     else:
-        w, b = (t.flatten(0, 1) for t in per_task[:2])
-        y = conv2d(x.flatten(1, 2), w, b, groups=tasks)                              # (N, T C', H, W)
-    gamma, beta = (t.flatten() for t in per_task[2:])
+        y = conv2d(x.flatten(1, 2), weight.flatten(0, 1), groups=tasks)              # (N, T C', H, W)
+    gamma, beta = (t.flatten() for t in per_task[1:])
     return _norm_pool(y, gamma, beta, support).unflatten(1, (tasks, -1)).transpose(0, 1)
 
 

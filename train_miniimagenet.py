@@ -20,6 +20,7 @@ import shutil
 import time
 import urllib.request
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +32,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
-                    extract_archive, fetch_file, fingerprint_files, mean_ci95, non_negative_float, open_run, plot_curves,
-                    positive_float, positive_int, progress, read_log, run_main, save_checkpoint, setup, stop_signal,
+                    extract_archive, fetch_file, fingerprint_files, first_of_machine, from_first_rank, mean_ci95,
+                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, rank, ranks,
+                    read_log, run_main, save_checkpoint, setup, stop_signal, sum_gradients, sum_over_ranks,
                     write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, adapt, conv4
@@ -91,6 +93,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--episodes", type=positive_int, default=50_000, help="training tasks in all (paper: 50,000)")
     train.add_argument("--meta-batch", type=positive_int, default=3, help="tasks per outer update (released code: 3)")
     train.add_argument("--task-chunk", type=positive_int, help="tasks held in memory at once (default: all)")
+    train.add_argument("--compile", nargs="?", const="default", choices=("default", "cuda-graphs"),
+                       help="compile the meta-step (minutes at the start); cuda-graphs also replays it without launch costs")
     train.add_argument("--meta-lr", type=positive_float, default=1e-3, help="Adam's rate for theta and psi (paper: 1e-3)")
     train.add_argument("--meta-lr-halve-every", type=positive_int, default=10_000, help="episodes (paper: 10,000)")
     train.add_argument("--val-every", type=positive_int, default=2_500, help="training episodes between validations")
@@ -115,6 +119,10 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args.first_order |= args.method == "fomaml"
     if args.refine and args.method != "modgrad":
         raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
+    if args.compile and args.gradient_noise:
+        raise UsageError("--compile cannot draw --gradient-noise from the run's own generator: leave one of them out")
+    if args.compile == "cuda-graphs" and args.task_chunk:
+        raise UsageError("--compile cuda-graphs reuses its gradients' memory: leave out --task-chunk")
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
@@ -546,14 +554,15 @@ def to_tensor(images, device="cpu"):
         return torch.from_numpy(images.images).to(device)
 
 
-def sample_episodes(data, tasks, ways, shots, queries, generator):
+def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(None)):
     """Draw T few-shot tasks: distinct classes per task, distinct images, support and query disjoint.
 
     data: uint8 (C, P, S, S, 3) of `to_tensor`, on any device. generator: a torch.Generator on the CPU, so
     that every device sees the same tasks. Returns (support_x, support_y, query_x, query_y): x uint8
     (T, ways * shots, 3, S, S) and (T, ways * queries, 3, S, S), views of channels-last memory; y int64
     (T, N). Rows interleave the classes, so each task's labels are 0..ways-1 repeated, as in the authors'
-    code. Raises UsageError for impossible sizes.
+    code. `share` of the tasks is returned, the images of the others are not read. Raises UsageError for
+    impossible sizes.
     """
     classes, per_class = data.shape[:2]
     if min(tasks, ways, shots, queries) < 1:
@@ -565,11 +574,11 @@ def sample_episodes(data, tasks, ways, shots, queries, generator):
                          f"{per_class} images")
     chosen = _random_order((tasks, classes), generator)[:, :ways]                           # (T, ways)
     members = _random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]    # (T, ways, n)
-    rows = (chosen[:, :, None] * per_class + members).transpose(1, 2).reshape(tasks, -1)    # (T, N)
+    rows = (chosen[:, :, None] * per_class + members).transpose(1, 2).reshape(tasks, -1)[share]     # (T, N)
     if data.is_cuda:
         rows = rows.pin_memory().to(data.device, non_blocking=True)
     x = data.flatten(0, 1)[rows].movedim(-1, 2)                                             # (T, N, 3, S, S)
-    y = torch.arange(ways, device=data.device).repeat(tasks, shots + queries)               # (T, N)
+    y = torch.arange(ways, device=data.device).repeat(len(rows), shots + queries)           # (T, N)
     cut = ways * shots
     return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
 
@@ -645,13 +654,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Tensor, support_y: Tensor,
                       query_x: Tensor, rng: torch.Generator | None, train: bool) -> Tensor:
-    """Adapt to each support set, then classify its queries; x uint8.
-
-    (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways).
-    """
+    """Adapt to each support set, then classify its queries: (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways)."""
     theta, (tasks, support) = learner.theta, support_x.shape[:2]
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    support_x, query_x = normalise(support_x, dtype), normalise(query_x, dtype)
     with torch.set_grad_enabled(train):
         features = learner.prefix(theta, support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
@@ -665,21 +669,41 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
         return learner.suffix(adapted, learner.prefix(theta, both, support), support)[:, support:]
 
 
+def to_input(x: Tensor, args: argparse.Namespace) -> Tensor:
+    """uint8 images -> what the network reads."""
+    return normalise(x, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+
+
 # --- meta-train ------------------------------------------------------------------------------------------------------
 
+def make_predict(learner: Learner, args: argparse.Namespace) -> Callable[..., Tensor]:
+    """adapt_and_predict for training, compiled if the flags say so: its inner gradients are traced into the same graph."""
+    predict = functools.partial(adapt_and_predict, learner, args, train=True)
+    if not args.compile:
+        return predict
+    mode = "reduce-overhead" if args.compile == "cuda-graphs" else None
+    return torch.compile(predict, fullgraph=True, dynamic=False, mode=mode)
+
+
 def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, episode_batch,
-              rng: torch.Generator) -> Tensor:
-    """One outer update on a meta-batch, `--task-chunk` tasks at a time: returns (loss, accuracy), (2,) on the device."""
-    tasks = len(episode_batch[0])
+              rng: torch.Generator | None, tasks: int | None = None, predict: Callable[..., Tensor] | None = None) -> Tensor:
+    """One outer update on a meta-batch, `--task-chunk` tasks at a time: returns (loss, accuracy), (2,) on the device.
+
+    Of several ranks each brings its share, maybe none, of the meta-batch's `tasks`; loss and accuracy are of them all.
+    `predict` is make_predict's, which is costly to make anew when it is compiled.
+    """
+    share, predict = len(episode_batch[0]), predict or make_predict(learner, args)
+    tasks = tasks or share
     totals = torch.zeros(2, device=episode_batch[0].device)
     optimiser.zero_grad(set_to_none=True)
-    for chunk in zip(*(part.split(args.task_chunk or tasks) for part in episode_batch)):
+    for chunk in zip(*(part.split(args.task_chunk or share) for part in episode_batch)) if share else ():
         support_x, support_y, query_x, query_y = chunk
-        logits = adapt_and_predict(learner, args, support_x, support_y, query_x, rng, train=True)
+        logits = predict(to_input(support_x, args), support_y, to_input(query_x, args), rng if args.gradient_noise else None)
         loss = cross_entropy(logits, query_y).sum() / tasks
         loss.backward()
         hits = (logits.detach().argmax(-1) == query_y).float().mean(1).sum() / tasks
         totals += torch.stack([loss.detach(), hits])
+    sum_gradients(learner.parameters(), totals)
     optimiser.step()
     return totals
 
@@ -690,6 +714,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
     episode_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
+    predict = make_predict(learner, args)
     now = {"episode": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_episode": 0, "best": None, "pending": [],
            "stopped": None}
     if checkpoint:
@@ -707,12 +732,15 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     started = time.monotonic() - now["seconds"]
     with stop_signal(args.max_minutes, now["seconds"]) as stop, \
             progress(args.episodes, now["episode"], "episodes") as bar:
-        while now["episode"] < args.episodes and not stop.requested():
+        while not stop.requested() and now["episode"] < args.episodes:
             for group in optimiser.param_groups:
                 group["lr"] = args.meta_lr * 0.5 ** (now["episode"] // args.meta_lr_halve_every)
             tasks = min(args.meta_batch, args.episodes - now["episode"])
-            batch = sample_episodes(splits["train"], tasks, args.ways, args.shots, args.queries, episode_rng)
-            now["pending"].append(meta_step(learner, optimiser, args, batch, noise_rng))
+            batch = sample_episodes(splits["train"], tasks, args.ways, args.shots, args.queries, episode_rng,
+                                    slice(rank(), None, ranks()))
+            if ranks() > 1:      # noise differs between ranks, so from one process's; a resumed run draws it again
+                noise_rng.manual_seed(hash((args.seed, now["episode"], rank())))
+            now["pending"].append(meta_step(learner, optimiser, args, batch, noise_rng, tasks, predict))
             before, now["episode"] = now["episode"], now["episode"] + tasks
             now["seconds"] = time.monotonic() - started
             bar.update(tasks)
@@ -757,20 +785,26 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tens
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 def evaluate(learner: Learner, args: argparse.Namespace, images: Tensor, episodes: int, what: str) -> list[float]:
-    """Accuracy of each of `episodes` tasks; the same tasks for every method, seed and device."""
+    """Accuracy of each of `episodes` tasks; the same tasks for every method, seed and device.
+
+    Ranks take batches in turn, so that a batch's numbers do not depend on how many ranks there are (its noise does).
+    """
     rng, noise_rng = torch.Generator().manual_seed(EVALUATION_SEED), None
     if args.gradient_noise:
-        noise_rng = torch.Generator(next(iter(learner.theta.values())).device).manual_seed(EVALUATION_SEED)
-    accuracies = []
+        noise_rng = torch.Generator(next(iter(learner.theta.values())).device).manual_seed(EVALUATION_SEED + rank())
+    accuracies = torch.zeros(episodes, dtype=torch.float64)
     with progress(episodes, 0, what) as bar:
-        while len(accuracies) < episodes:
-            tasks = min(args.eval_batch, episodes - len(accuracies))
+        for k, batch in enumerate(accuracies.split(args.eval_batch)):
+            mine = k % ranks() == rank()
             support_x, support_y, query_x, query_y = sample_episodes(
-                images, tasks, args.ways, args.shots, args.queries, rng)
-            logits = adapt_and_predict(learner, args, support_x, support_y, query_x, noise_rng, train=False)
-            accuracies += (logits.argmax(-1) == query_y).float().mean(1).tolist()
-            bar.update(tasks)
-    return accuracies
+                images, len(batch), args.ways, args.shots, args.queries, rng, slice(None) if mine else slice(0))
+            if mine:
+                logits = adapt_and_predict(learner, args, to_input(support_x, args), support_y, to_input(query_x, args),
+                                           noise_rng, train=False)
+                batch.copy_((logits.argmax(-1) == query_y).float().mean(1))
+            bar.update(len(batch))
+    sum_over_ranks([accuracies])      # the other ranks' tasks are zero here
+    return accuracies.tolist()
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -779,13 +813,15 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
     """Return ({split: uint8 (C, P, S, S, 3) on the device}, description, synthetic)."""
     root = Path(args.data or "data/mini-imagenet")
     if args.download:
-        download(root)
-    if args.smoke or not (args.data or args.download or (root.is_dir() and find_data(root))):
+        with first_of_machine():
+            download(root)
+    if from_first_rank(lambda: args.smoke or not (args.data or args.download or (root.is_dir() and find_data(root)))):
         splits = {split: synthetic_split(split, image_size=args.image_size) for split in SPLITS}
         hint = "" if args.smoke else f"; no mini-ImageNet in {root}: see README, 'Data', or pass --download"
         print(f"SYNTHETIC data: procedurally drawn classes, not mini-ImageNet{hint}", flush=True)
     else:
-        splits = {split: load_split(root, split, args.image_size) for split in SPLITS}
+        with first_of_machine():
+            splits = {split: load_split(root, split, args.image_size) for split in SPLITS}
     first = splits["train"]
     if not first.synthetic:
         print("; ".join(images.dataset for images in splits.values()), flush=True)
@@ -813,7 +849,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(str(error)) from None
     for images in splits.values():      # impossible sizes are refused before a run folder exists
         sample_episodes(images, 1, args.ways, args.shots, args.queries, torch.Generator())
-    run, checkpoint = open_run(args.out, vars(args) | {"dataset": dataset}, args.resume)
+    run, checkpoint = from_first_rank(lambda: open_run(args.out, vars(args) | {"dataset": dataset}, args.resume))
+    learner.load(from_first_rank(learner.state))
     print(f"{args.method} {args.backbone} {args.ways}-way {args.shots}-shot on {device} ({backend} kernel), "
           f"{args.batch_norm} batch norm -> {run}", flush=True)
     now = meta_train(learner, args, run, checkpoint, splits, device)
@@ -822,6 +859,8 @@ def main(argv: list[str] | None = None) -> None:
     if now["best"] is not None:
         learner.load(now["best"])
     accuracies = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")
+    if rank() > 0:
+        return
     accuracy, ci95 = mean_ci95(accuracies)
     label = f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot {args.method}"
     draw_curves(run, f"{label}: {accuracy:.1%} on {args.test_split}")
@@ -836,4 +875,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several_devices=True)

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 
-def conv2d(x, weight, bias, groups: int = 1):
-    """Convolution 3x3 or any odd size, stride 1, same size: x (N, C, H, W), weight (C', C / groups, k, k), bias (C')."""
+def conv2d(x, weight, bias=None, groups: int = 1):
+    """Convolution 3x3 or any odd size, stride 1, same size: x (N, C, H, W), weight (C', C / groups, k, k), bias (C')
+    or None."""
     if torch.compiler.is_compiling():        # the compiler does not take Functions inside torch.func; it has its own fusion
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
     return _Conv.apply(x, weight, bias, groups)
@@ -113,7 +114,11 @@ class _BatchNorm(Function):
 
     @staticmethod
     def forward(x, gamma, beta, eps):
-        return torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
+        if x.device.type != "cpu" or x.dtype != torch.float32 or _layout(x) is not torch.channels_last:
+            return torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
+        mean, var = _channels_last_statistics(x)
+        y = torch.native_batch_norm(x, gamma, beta, mean, var, False, 0.0, eps)[0]
+        return y, mean, torch.rsqrt(var + eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -178,6 +183,21 @@ class _BatchNormBackward(Function):
             direct = torch.addcmul(per_channel(q - p * r * mean), x, per_channel(p * r))
             to_G = (direct if to_G is None else to_G + direct).to(x.dtype)
         return to_G, to_x.to(x.dtype), to_gamma, None, None, None
+
+
+def _channels_last_statistics(x):
+    """Mean and variance per channel of a channels-last x on the CPU, in parts of some thousand numbers.
+
+    PyTorch's own kernel adds all numbers of a channel up one by one in float32: over 75 images of 84 x 84 its variance was
+    off by 2e-4, which the derivatives of a batch norm amplify; in parts it is off by less than 1e-6, at the same cost.
+    """
+    count = max(1, 8192 // (x.shape[2] * x.shape[3]))                          # images of a part; the last may have fewer
+    parts = x.split(count)
+    means, vars_ = zip(*(torch.ops.aten.batch_norm_update_stats(part, None, None, 0.0) for part in parts))
+    means, vars_ = torch.stack(means), torch.stack(vars_)                                                    # (parts, C)
+    weight = torch.tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
+    mean = (weight * means).sum(0)
+    return mean, (weight * (vars_ + (means - mean).square())).sum(0)
 
 
 def _norm_gradients(G, x, gamma, mean, r, eps):

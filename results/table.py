@@ -32,27 +32,122 @@ def miniimagenet():
         what += ", SYNTHETIC" if r["synthetic"] else ""
         rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {c['shots']} | {c['image_size']} | {r['episodes']:,} | "
                     f"{r['tasks']} {r['split']} tasks | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
-                    f"{PAPER.get((c['method'], c['backbone'], c['shots']), '-')} | {r['device_name']}, "
-                    f"{r['threads']} thread{'s' * (r['threads'] > 1)} | {r['train_seconds'] / 3600:.1f} h |")
+                    f"{PAPER.get((c['method'], c['backbone'], c['shots']), '-')} | {device(r)} |")
     return "\n".join(rows)
 
 
+CELEBA = {  # Table 3: method -> mean squared error of random 10, random 100, ordered 10, ordered 100
+    "modgrad": (0.034, 0.012, 0.048, 0.043), "maml": (0.040, 0.017, 0.055, 0.047),
+    "cavia": (0.037, 0.014, 0.053, 0.047), "cnp": (0.039, 0.016, 0.057, 0.047),
+}
+CELLS = [(order, pixels) for order in ("random", "ordered") for pixels in (10, 100)]
+
+
+def celeba():
+    """One row a run beside the paper's cell, in the order of Table 3."""
+    rows = ["| given pixels | method | inner loop | training iterations | ours, MSE | paper, MSE (50,000 iterations) | device | training |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    order = lambda run: (CELLS.index((run[1]["config"]["order"], run[1]["config"]["pixels"])),
+                         list(CELEBA).index(run[1]["config"]["method"]), run[0])
+    cells = [run for run in runs("celeba") if (run[1]["config"]["order"], run[1]["config"]["pixels"]) in CELLS]
+    for folder, r in sorted(cells, key=order):
+        c = r["config"]
+        loop = "none" if c["method"] == "cnp" else f"{c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
+        rows.append(f"| {c['order']} {c['pixels']} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
+                    f"{loop} | {r['iterations']:,} | {r['value']:.4f} ± {r['ci95']:.4f} | "
+                    f"{CELEBA[c['method']][CELLS.index((c['order'], c['pixels']))]:.3f} | {device(r)} |")
+    return "\n".join(rows)
+
+
+OMNIGLOT = {"modgrad": "85.1", "leap": "83.3", "reptile": "76.4"}          # Fig. 5, multi-shot
+
+
+def omniglot():
+    """One row a run; the paper has numbers for multi-shot only."""
+    rows = ["| protocol | method | training | inner steps: training / test | seed | ours, % | paper, % | device | time |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for folder, r in runs("omniglot"):
+        c = r["config"]
+        few = c["protocol"] == "few-shot"
+        what = f"{c['ways']}-way {c['shots']}-shot" if few else f"multi-shot, {c['channels']} filters"
+        rows.append(f"| {what} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
+                    f"{r['meta_steps']:,} x {c['meta_batch']} tasks | {c['inner_steps']} / {c['inner_steps'] if few else c['test_steps']} | "
+                    f"{r['seed']} | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
+                    f"{'-' if few else OMNIGLOT.get(c['method'], '-')} | {device(r)} |")
+    return "\n".join(rows)
+
+
+RL = {  # Fig. 8, return after one step; "far below" and "below" where the text gives no number
+    ("nav", "modgrad"): "about -8", ("nav", "cavia"): "-15 or below", ("nav", "maml"): "-15 or below",
+    ("cheetah-dir", "modgrad"): "about 590", ("cheetah-dir", "cavia"): "below 550", ("cheetah-dir", "maml"): "below 550",
+    ("cheetah-vel", "modgrad"): "about -80", ("cheetah-vel", "cavia"): "about -90", ("cheetah-vel", "maml"): "about -100",
+}
+
+
+def rl():
+    """One row a run: returns of fresh tasks after 0, 1, ... updates."""
+    rows = ["| task | method | seed | iterations | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | device | training |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for folder, r in runs("rl"):
+        c = r["config"]
+        first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
+        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}) | {r['seed']} | {r['iterations']:,} | "
+                    f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {device(r)} |")
+    return "\n".join(rows)
+
+
+def device(r):
+    """Hardware and training time, two cells."""
+    return f"{r['device_name']}, {r['threads']} thread{'s' * (r['threads'] > 1)} | {r['train_seconds'] / 3600:.1f} h"
+
+
+def speeds():
+    return [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"))]
+
+
+def machine(s):
+    return f"{s['device_name']}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
+
+
+CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`", "naive": "naive, tuned allocator",
+              "naive_bf16": "naive, bf16 autocast", "naive_stock": "naive, stock allocator", "higher": "higher 0.2.1",
+              "torchopt": "TorchOpt 0.7.3"}
+
+
 def speed():
-    """One row a machine: seconds per episode beside the naive loop."""
-    rows = ["| machine | ours, s/episode | naive, s/episode | ratio | of the matrix-multiply rate | peak memory, meta-batch 8: whole / task-chunk 1 |",
-            "| --- | --- | --- | --- | --- | --- |"]
-    for path in sorted(HERE.glob("speed-*.json")):
-        s = json.loads(path.read_text())
-        peak = s["peak_memory_bytes"]["8"]
-        rows.append(f"| {s['device_name']}, {s['threads']} thread{'s' * (s['threads'] > 1)} | {s['ours_seconds_per_episode']['median']:.2f} | "
-                    f"{s['naive_seconds_per_episode']['median']:.2f} | {s['ratio']['median']:.2f} | "
-                    f"{s['share_of_matmul_rate']:.0%} | {peak['whole'] / 2**30:.1f} / {peak['task_chunk_1'] / 2**30:.1f} GiB |")
+    """One row a machine, method and implementation: seconds per episode and what ours takes of it."""
+    rows = ["| machine | method | implementation | s/episode, median [20 %, 80 %] | CPU s/episode | ours / this | ours bf16 / this |",
+            "| --- | --- | --- | --- | --- | --- | --- |"]
+    for s in speeds():
+        for case in s["cases"]:
+            what = f"{case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)}"
+            for name in (n for n in CONTENDERS if n in case["contenders"]):
+                c = case["contenders"][name]
+                t = c["seconds_per_episode"]
+                ratio = lambda mine: f"{c[key]['median']:.2f}" if (key := f"{mine}_over_this_seconds") in c else "-"
+                rows.append(f"| {machine(s)} | {what} | {CONTENDERS[name]} | {t['median']:.2f} [{t['p20']:.2f}, {t['p80']:.2f}] "
+                            f"| {c['cpu_seconds_per_episode']['median']:.2f} | {ratio('ours')} | {ratio('ours_bf16')} |")
+    return "\n".join(rows)
+
+
+def scaling():
+    """One row a machine and a thing that grows: what an episode costs at each of its values."""
+    rows = ["| machine | what grows | seconds per episode | peak memory, GiB |", "| --- | --- | --- | --- |"]
+    cell = lambda points: ", ".join(f"{value}: {number:.2f}" for value, number in points.items())
+    for s in speeds():
+        for what, points in s["scaling"].items():
+            seconds = {value: p["seconds_per_episode"]["median"] for value, p in points.items()}
+            memory = {value: p["peak_memory_bytes"] / 2**30 for value, p in points.items()}
+            rows.append(f"| {machine(s)} | {what} | {cell(seconds)} | {cell(memory)} |")
+        if s["peak_memory_bytes"]:
+            chunked = {tasks: peak["task_chunk_1"] / 2**30 for tasks, peak in s["peak_memory_bytes"].items()}
+            rows.append(f"| {machine(s)} | tasks, with `--task-chunk 1` | - | {cell(chunked)} |")
     return "\n".join(rows)
 
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {"miniimagenet": miniimagenet, "speed": speed}
+    tables = {"miniimagenet": miniimagenet, "celeba": celeba, "omniglot": omniglot, "rl": rl, "speed": speed, "scaling": scaling}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)
 

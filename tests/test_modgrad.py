@@ -347,3 +347,32 @@ def test_bad_arguments_are_named(call, message):
     loss = lambda p: sum(t.flatten(1).sum(1) for t in p.values())
     with pytest.raises(ValueError, match=message):
         call(theta, chain, psi, loss)
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+def meta_step_on_regression(compile_with, **options):
+    """Meta-loss and meta-gradients of an MLP after adaptation, the whole forward pass compiled by `compile_with`."""
+    torch.manual_seed(0)
+    theta, chain = mlp([2, 8, 8, 1])
+    names = ["fc2.weight", "fc2.bias"]
+    psi = Generator({n: theta[n].shape for n in names}, DIM, U)
+    x, y = torch.randn(TASKS, SUPPORT, 2), torch.randn(TASKS, SUPPORT, 1)
+    prefix, suffix = chain.split(names)
+
+    def meta_loss(x, y):
+        features = prefix(theta, x)
+        loss = lambda p: (suffix({**theta, **p}, features) - y).square().mean((1, 2))
+        out = adapt(loss, {n: theta[n] for n in names}, TASKS, 0.3, psi, **options)
+        return (suffix({**theta, **out}, features) - y).square().mean()
+    torch.compiler.reset()
+    loss = (torch.compile(meta_loss, fullgraph=True, backend=compile_with) if compile_with else meta_loss)(x, y)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in (*theta.values(), *psi.parameters()))]
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"first_order": True}, {"steps": 2, "refine": True}], ids=str)
+def test_a_compiled_meta_loss_has_the_same_meta_gradients(options):
+    for ours, theirs in zip(meta_step_on_regression("aot_eager", **options), meta_step_on_regression(None, **options)):
+        # The same float32 operations, but for the order of sums.
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

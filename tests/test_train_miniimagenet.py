@@ -116,12 +116,33 @@ def test_chunks_of_tasks_give_the_same_gradients():
         assert all((a - b).abs().max() <= 1e-6 * largest for a, b in zip(gradients[0], other))
 
 
+@pytest.mark.parametrize("method", ["modgrad", "maml"])
+def test_a_compiled_trajectory_of_thirty_steps_is_the_eager_one(method):
+    """Every loss, the whole forward pass with its inner gradients traced; the compiler proper adds only fused rounding."""
+    args = mini.parse_flags([*TINY, "--channels", "4", "--method", method, "--inner-steps", "1"])
+    images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
+    losses = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        learner = mini.build_learner(args, torch.device("cpu"))
+        predict = mini.make_predict(learner, args)
+        predict = torch.compile(predict, fullgraph=True, dynamic=False, backend=backend) if backend else predict
+        optimiser, rng = torch.optim.Adam(learner.parameters(), 1e-3), torch.Generator().manual_seed(0)
+        batches = [mini.sample_episodes(images, 2, 5, 5, 5, rng) for _ in range(30)]
+        losses.append([mini.meta_step(learner, optimiser, args, batch, None, predict=predict)[0] for batch in batches])
+    # Adam divides rounding by the gradient's size, so that float32's 1e-7 grows along the way; 1e-5 was seen.
+    torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--ways", "30"], "ways is 30"),
     (["--shots", "58"], "shots + queries"),
     (["--adapt", "conv9.weight"], "conv9.weight"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--method", "maml", "--refine"], "--refine"),
+    (["--compile", "--gradient-noise", "0.1"], "--gradient-noise"),
+    (["--compile", "cuda-graphs", "--task-chunk", "1"], "--task-chunk"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
     (["--device", "cuda:99"], "cuda"),
     (["--episodes", "0"], "episodes"),
