@@ -6,6 +6,7 @@
 
 Contenders, all on 5-way 5-shot Conv-4 with the same weights and episodes, forward, all derivatives and Adam included:
   ours         train_miniimagenet.meta_step; ours_bf16 the same with --precision bf16, where the device has it
+  ours_compiled    the same with --compile, if the flag --compiled asks for it: compilation takes minutes on a CPU
   naive        tests/naive.py: the equations over the full network, one task after the other, create_graph=True, as public
                MAML codes do it; naive_bf16 the same under torch.autocast
   naive_stock  naive in a process of its own whose memory allocator is left as it comes, as published codes run
@@ -58,6 +59,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=5, help="timed meta-steps of each contender")
     parser.add_argument("--memory", type=positive_int, nargs="*", default=[1, 2, 4, 8],
                         help="meta-batches whose peak memory is measured, whole and with --task-chunk 1")
+    parser.add_argument("--compiled", action="store_true", help="time the compiled meta-step too")
     parser.add_argument("--scaling", action="store_true",
                         help="time and memory as tasks, shots, inner steps, modulated layers and rank grow")
     parser.add_argument("--device", default="auto")
@@ -96,6 +98,13 @@ class Setting:
     def ours_bf16(self) -> None:
         args = argparse.Namespace(**vars(self.args) | {"precision": "bf16"})
         mini.meta_step(self.learner, self.optimiser, args, self.batch, None)
+
+    @functools.cached_property
+    def compiled_predict(self):
+        return mini.make_predict(self.learner, argparse.Namespace(**vars(self.args) | {"compile": "default"}))
+
+    def ours_compiled(self) -> None:
+        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None, predict=self.compiled_predict)
 
     def naive(self) -> None:
         self.one_by_one(self.naive_loss)
@@ -178,11 +187,11 @@ def contenders(method: str, device: torch.device) -> tuple[list[str], dict[str, 
 def check_agreement(setting: Setting, small: Setting, names: list[str]) -> dict[str, float]:
     """Norm of each contender's difference from the naive meta-gradient relative to its norm; raises if one is too large.
 
-    `small` is the same in float64 on small images, where all but the bfloat16 contenders must agree to rounding.
+    `small` is the same in float64 on small images, where all contenders but the bfloat16 and the compiled one must agree to rounding.
     """
     wide = functools.partial(mini.normalise, dtype=torch.float64)
     with mock.patch.object(mini, "normalise", lambda x, dtype=None: wide(x)):
-        for name, error in differences(small, [n for n in names if "bf16" not in n]).items():
+        for name, error in differences(small, [n for n in names if "bf16" not in n and n != "ours_compiled"]).items():
             if not error <= FLOAT64:
                 raise RuntimeError(f"{name} disagrees: in float64 its meta-gradient is off by {error:.1e} of its norm")
     errors = differences(setting, names)
@@ -297,6 +306,7 @@ def measure_case(args: argparse.Namespace, method: str, steps: int) -> dict:
     flags = training_flags(args, "--method", method, "--inner-steps", str(steps))
     setting = Setting(flags, tasks)
     names, absent = contenders(method, setting.device)
+    names += ["ours_compiled"] * args.compiled
     small = Setting([*flags, "--image-size", str(min(32, args.image_size))], 1, torch.float64)
     errors = check_agreement(setting, small, names)
     times = {name: [] for name in (*names, "naive_stock")}
@@ -322,7 +332,7 @@ def summary(name: str, times: dict[str, list[dict]], tasks: int) -> dict:
     for clock in ("seconds", "cpu_seconds"):
         taken = [turn[clock] for turn in times[name]]
         figures[f"{clock}_per_episode"] = quantiles([t / tasks for t in taken])
-        for mine in {"ours", "ours_bf16"} & times.keys():
+        for mine in {"ours", "ours_bf16", "ours_compiled"} & times.keys():
             figures[f"{mine}_over_this_{clock}"] = quantiles([turn[clock] / t for turn, t in zip(times[mine], taken)])
     return figures
 

@@ -64,11 +64,11 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
     except UsageError as error:
         if store is None or store.add("errors", 1) == 1:           # of several ranks, the first to fail says why
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         if rank() == 0:
             print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
     if store:
         dist.destroy_process_group()
 
@@ -196,6 +196,15 @@ def _lost_rank_is_named() -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise UsageError(f"another process of this run ended or does not answer ({reason}); see what it said, then use "
                          f"--resume") from None
+
+
+def leave(status: int) -> None:
+    """Exit; of several ranks without tearing down the process group, whose threads can abort or block that."""
+    if ranks() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:

@@ -109,7 +109,8 @@ def machine(s):
     return f"{s['device_name']}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
 
 
-CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`", "naive": "naive, tuned allocator",
+CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`",
+              "ours_compiled": "ours, `--compile`", "naive": "naive, tuned allocator",
               "naive_bf16": "naive, bf16 autocast", "naive_stock": "naive, stock allocator", "higher": "higher 0.2.1",
               "torchopt": "TorchOpt 0.7.3"}
 

@@ -59,8 +59,8 @@ def assert_same_run(run, expected):
     """Equal up to the order of float32 sums, 1e-7 of the largest term.
 
     Adam divides by the gradient's size, so that rounding moves a component that nearly cancels by 1e-3 or so of its way,
-    which is 1e-3 an update, over 9 updates: 1e-5 (seen: 3e-6). A convolution's bias is cancelled by batch norm: its gradient is
-    rounding alone, and it may go anywhere without changing an output.
+    which is 1e-3 an update, over 9 updates: 1e-5 (seen: 3e-6). Batch norm cancels a convolution's bias: its
+    gradient is rounding alone, and it may go anywhere without changing an output.
     """
     ours, theirs = common.read_log(run), common.read_log(expected)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
