@@ -1,0 +1,55 @@
+"""Draw Fig. 8 from the runs committed here: python results/rl/figure.py nav [cheetah-dir cheetah-vel].
+
+Left: return after one update while meta-training; right: return of the trained policies against the number of updates
+on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+COLOURS = {"modgrad": "tab:red", "cavia": "tab:green", "maml": "tab:blue"}
+WINDOW = 10                     # iterations of the running mean on the left: 20 tasks of one iteration are few
+
+
+def curves(runs):
+    """(iterations, (seeds, iterations) smoothed returns after one update), cut at the shortest run."""
+    logs = [[json.loads(line)["after"] for line in (run / "log.jsonl").read_text().splitlines()] for run in runs]
+    length = min(map(len, logs))
+    smooth = [np.convolve(log[:length], np.ones(WINDOW) / WINDOW, mode="valid") for log in logs]
+    return np.arange(WINDOW, length + 1), np.array(smooth)
+
+
+def draw(axes, x, ys, method):
+    axes.plot(x, ys.mean(0), color=COLOURS[method], label=f"{method}, {len(ys)} seed{'s' if len(ys) > 1 else ''}")
+    axes.fill_between(x, ys.min(0), ys.max(0), color=COLOURS[method], alpha=0.2, linewidth=0)
+
+
+def figure(env):
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+    for method in COLOURS:
+        runs = sorted(path.parent for path in HERE.glob(f"{env}-{method}-seed*/result.json"))
+        if not runs:
+            continue
+        draw(left, *curves(runs), method)
+        returns = np.array([json.loads((run / "result.json").read_text())["returns"] for run in runs])
+        draw(right, np.arange(returns.shape[1]), returns, method)
+    left.set(title=f"{env}: after one update", xlabel=f"outer iterations (running mean of {WINDOW})", ylabel="return")
+    right.set(title="40 fresh tasks", xlabel="updates", xticks=range(4))
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    picture.tight_layout()
+    picture.savefig(HERE / f"{env}.png")
+
+
+if __name__ == "__main__":
+    for env in sys.argv[1:] or ["nav"]:
+        figure(env)

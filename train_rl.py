@@ -1,0 +1,764 @@
+"""Meta-reinforcement learning: 2D navigation and MuJoCo half-cheetah (Fig. 8 of the paper).
+
+    python train_rl.py --env nav --method modgrad
+
+is the paper's first panel: after one policy-gradient step on 20 roll-outs of a new task, ModGrad's return is about -8,
+CAVIA's and MAML's about -15. Half-cheetah direction (about 590, the others below 550) and velocity (-80, -90, -100) are
+--env cheetah-dir and cheetah-vel, which need `pip install mujoco gymnasium`; navigation needs nothing.
+
+Shapes: T tasks, R roll-outs of a task, H steps of a roll-out, N = R H steps of a task, o and a sizes of observation and
+action.
+
+DEVIATION: the paper's form of ModGrad for this experiment is in a supplement that is not public. Here the inner
+gradient is the policy gradient on the tensors of --adapt, modulated as everywhere else, with nu from the same roll-outs
+(Eq. 9); TRPO takes the outer step on theta and psi together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from common import (UsageError, add_run_flags, append_log, check_finite, mean_ci95, non_negative_float, open_run,
+                    plot_curves, positive_float, positive_int, progress, read_log, run_main, save_atomically,
+                    save_checkpoint, setup, stop_signal, write_result)
+from kernels import resolve_backend
+from modgrad import Chain, Generator, Tensors, adapt, mlp
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+EVALUATION_SEED = 20200823      # of test tasks and their noise: the same for every run, so that results compare
+LAYERS = [f"fc{k}.{kind}" for k in (1, 2, 3) for kind in ("weight", "bias")]
+DEFAULTS = {                    # what differs between the methods
+    "modgrad": {"inner_lr": 0.1, "adapt": [*LAYERS, "log_std"]},
+    "maml": {"inner_lr": 0.1, "adapt": [*LAYERS, "log_std"]},
+    "cavia": {"inner_lr": 1.0, "adapt": ["context"]},
+}
+EXTENSIBLE = {"iterations", "test_tasks", "updates", "later_rate", "render"}     # no training step depends on these
+SMOKE = {"iterations": 4, "meta_batch": 4, "rollouts": 5, "test_tasks": 6, "context_dim": 16, "log_every": 1,
+         "checkpoint_every": 2}
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_argument_group("task")
+    task.add_argument("--env", choices=tuple(ENVIRONMENTS), default="nav", help="the family of tasks")
+    task.add_argument("--rollouts", type=positive_int, default=20, help="R, roll-outs per update of a task (paper: 20)")
+    task.add_argument("--action-scale", type=positive_float,
+                      help="multiplies the policy's actions before they are clipped (default: nav 0.1, as in MAML's "
+                           "code: the range is 0.1, so that sigma 1 would saturate it and hide the mean; cheetah 1)")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad")
+    method.add_argument("--hidden", type=positive_int, default=100, help="width of both hidden layers (paper: 100)")
+    method.add_argument("--init-std", type=positive_float, default=1.0,
+                        help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
+    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad and maml 0.1, cavia 1)")
+    method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes (default: all, "
+                        "sigma included; cavia its context, which is all it can change)")
+    method.add_argument("--cavia-context", type=positive_int, default=5, help="CAVIA's parameters (its README: 5)")
+    method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
+    method.add_argument("--context-dim", type=positive_int, default=32, help="D, length of ModGrad's nu")
+    method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
+    method.add_argument("--init", choices=("identity", "released"), default="identity",
+                        help="M at the start of training: 1 (MAML), or PyTorch's default layers (near 0)")
+    method.add_argument("--gamma", type=positive_float, default=0.95, help="discount (CAVIA's code: 0.95)")
+    method.add_argument("--gae-lambda", type=non_negative_float, default=1.0, help="lambda of GAE (CAVIA's code: 1)")
+    method.add_argument("--kernel", choices=("auto", "triton", "eager"), default="auto",
+                        help="the modulated update: auto is Triton on CUDA, eager elsewhere")
+
+    train = parser.add_argument_group("meta-training")
+    train.add_argument("--iterations", type=positive_int, default=500, help="outer TRPO steps (CAVIA's code: 500)")
+    train.add_argument("--meta-batch", type=positive_int, default=20, help="T, tasks per outer step (CAVIA's code: 20)")
+    train.add_argument("--max-kl", type=positive_float, default=0.01, help="bound on an outer step's mean KL (0.01)")
+    train.add_argument("--cg-iterations", type=positive_int, default=10, help="of conjugate gradient (10)")
+    train.add_argument("--damping", type=non_negative_float, default=1e-5, help="added to the curvature (1e-5)")
+    train.add_argument("--curvature-stride", type=positive_int, default=10,
+                       help="the curvature is taken on every so many-th step of a roll-out: neighbouring states are "
+                            "alike, and the line search tests the KL on all of them (1: all, three times the time)")
+    train.add_argument("--line-search", type=positive_int, default=15, help="trials, each 0.8 of the one before (15)")
+    train.add_argument("--log-every", type=positive_int, default=1, help="iterations per line of log.jsonl")
+    train.add_argument("--checkpoint-every", type=positive_int, default=10, help="iterations between checkpoints")
+
+    test = parser.add_argument_group("test")
+    test.add_argument("--test-tasks", type=positive_int, default=40, help="fresh tasks to evaluate (MAML's code: 40)")
+    test.add_argument("--updates", type=positive_int, default=3, help="updates shown, each on its own roll-outs")
+    test.add_argument("--later-rate", type=positive_float, default=0.5,
+                      help="alpha is times this for the updates after the first, not trained for (MAML's code: 0.5)")
+    test.add_argument("--render", metavar="FILE.gif", help="film an adapted cheetah (needs a working OpenGL)")
+    test.add_argument("--benchmark", action="store_true",
+                      help="only measure environment steps per second, beside gymnasium's vector environment")
+    test.add_argument("--smoke", action="store_true", help="a complete tiny run in under a minute")
+    add_run_flags(parser)
+    return complete(parser.parse_args(argv))
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the method, the environment or --smoke, and refuse combinations that mean nothing."""
+    for name, value in DEFAULTS[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.action_scale is None:
+        args.action_scale = 0.1 if args.env == "nav" else 1.0
+    if (args.method == "cavia") != (args.adapt == ["context"]):
+        raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia changes its context and "
+                         "nothing else, the others have none")
+    if args.render and (args.env == "nav" or not args.render.endswith(".gif")):
+        raise UsageError("--render films a cheetah into a file that ends in .gif; navigation draws trajectories.png")
+    if args.smoke:
+        vars(args).update(SMOKE)
+    args.out = args.out or f"runs/rl/{args.env}-{args.method}-seed{args.seed}"
+    return args
+
+
+# --- environments ----------------------------------------------------------------------------------------------------
+# All tasks and roll-outs move in lock-step. An environment has sizes (observation, action, horizon) and
+# sample_tasks(count, rng) -> (T, k); reset(tasks, R, rng) -> (T, R, o); step(actions (T, R, a)) -> observation,
+# reward (T, R), done (T, R). Random numbers come from one CPU generator: the same tasks and noise on every device.
+
+class Navigation:
+    """A point in the plane walks from the origin to a goal in [-0.5, 0.5]² that it does not observe.
+
+    Reward: minus the distance after the move, at most 0.1 per coordinate. A roll-out ends when both coordinates are
+    within 0.01 of the goal, or after 100 steps (the rules of CAVIA's code).
+    """
+    observation, action, horizon = 2, 2, 100
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.scale, self.device = args.action_scale, device
+
+    def sample_tasks(self, count: int, rng: torch.Generator) -> Tensor:
+        return (torch.rand(count, 2, generator=rng) - 0.5).to(self.device)
+
+    def reset(self, tasks: Tensor, rollouts: int, rng: torch.Generator) -> Tensor:
+        self.goal = tasks.unsqueeze(1)                                                       # (T, 1, 2)
+        self.position = torch.zeros(len(tasks), rollouts, 2, device=self.device)
+        return self.position
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.position = self.position + (self.scale * actions).clamp(-0.1, 0.1)
+        error = self.position - self.goal
+        return self.position, -error.norm(dim=-1), (error.abs() < 0.01).all(-1)
+
+
+INSTALL = "pip install mujoco gymnasium"
+DT, SUBSTEPS = 0.05, 5          # seconds of a control step, physics steps in it (Gym's half_cheetah)
+
+
+class HalfCheetah:
+    """MuJoCo's half-cheetah in Gym's half_cheetah.xml, 200 steps, without an early end (the rules of CAVIA's code).
+
+    Task: direction d in {-1, 1}, reward d v - 0.05 |a|²; or velocity g in [0, 2], reward -|v - g| - 0.05 |a|²; v is the
+    root's mean velocity over the step. Observation: positions without the root's x (8), velocities (9), torso (3).
+    """
+    observation, action, horizon = 20, 6, 200
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.model = load_cheetah()
+        self.direction, self.scale, self.device = args.env == "cheetah-dir", args.action_scale, device
+        self.threads, self.simulator, self.size = args.threads or 0, None, 0
+
+    def sample_tasks(self, count: int, rng: torch.Generator) -> Tensor:
+        draw = torch.rand(count, 1, generator=rng)
+        return (torch.where(draw < 0.5, -1.0, 1.0) if self.direction else 2 * draw).to(self.device)
+
+    def reset(self, tasks: Tensor, rollouts: int, rng: torch.Generator) -> Tensor:
+        self.tasks, self.shape, count = tasks, (len(tasks), rollouts), len(tasks) * rollouts
+        if count != self.size:
+            self.simulator, self.size = make_simulator(self.model, count, self.threads), count
+        position = 0.2 * torch.rand(count, 9, generator=rng, dtype=torch.float64) - 0.1
+        velocity = 0.1 * torch.randn(count, 9, generator=rng, dtype=torch.float64)
+        self.simulator.reset(self.model.qpos0 + position.numpy(), velocity.numpy())
+        return self._observe()
+
+    def step(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        control = (self.scale * actions).clamp(-1, 1)                                        # (T, R, 6)
+        before = self.simulator.qpos[:, 0].copy()
+        self.simulator.step(control.flatten(0, 1).double().cpu().numpy())
+        velocity = self._tensor((self.simulator.qpos[:, 0] - before) / DT)
+        effort = 0.05 * control.square().sum(-1)
+        reward = self.tasks * velocity if self.direction else -(velocity - self.tasks).abs()
+        return self._observe(), reward - effort, torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+
+    def _observe(self) -> Tensor:
+        s = self.simulator
+        return self._tensor(np.concatenate([s.qpos[:, 1:], s.qvel, s.torso], axis=1))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).float().unflatten(0, self.shape).to(self.device)
+
+
+def load_cheetah():
+    """The MjModel of Gym's half-cheetah; its file is read without importing gymnasium's environments."""
+    gymnasium = importlib.util.find_spec("gymnasium")
+    if gymnasium is None or importlib.util.find_spec("mujoco") is None:
+        raise UsageError(f"half-cheetah needs MuJoCo and Gymnasium's model file: {INSTALL}")
+    import mujoco
+    with no_mujoco_warnings():
+        return mujoco.MjModel.from_xml_path(str(Path(gymnasium.origin).parent / "envs/mujoco/assets/half_cheetah.xml"))
+
+
+@contextlib.contextmanager
+def no_mujoco_warnings() -> Iterator[None]:
+    """mujoco 4 says at every reading of the model that its settotalmass is deprecated, also into MUJOCO_LOG.TXT."""
+    import mujoco
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(None)
+
+
+def make_simulator(model, count: int, threads: int) -> BatchSimulator | LoopSimulator:
+    """The fast simulator where mujoco has it (3.17 and later), else the loop; both are bit-identical to Gymnasium's."""
+    if importlib.util.find_spec("mujoco.batch") is None:
+        return LoopSimulator(model, count)
+    return BatchSimulator(model, count, threads)
+
+
+class BatchSimulator:
+    """`count` cheetahs on C++ threads; qpos, qvel (count, 9) and torso (count, 3) are live float64 arrays."""
+
+    def __init__(self, model, count: int, threads: int):
+        from mujoco import batch, mjtStage
+        self.batch, self.stages = batch.Batch(model, count, threads), mjtStage
+        self.qpos, self.qvel, self.control = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
+        self.torso = self.batch.bind("xpos")[:, 1]
+
+    def reset(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        self.batch.reset(stage=self.stages.mjSTAGE_NONE)
+        self.qpos[:], self.qvel[:] = qpos, qvel
+        self.batch.forward(stage=self.stages.mjSTAGE_POS)      # the torso's place; later states do not depend on it
+
+    def step(self, control: np.ndarray) -> None:
+        self.control[:] = control
+        self.batch.step(nstep=SUBSTEPS)
+
+
+class LoopSimulator:
+    """The same through one MjData per cheetah, for any mujoco; a quarter slower and on one thread."""
+
+    def __init__(self, model, count: int):
+        import mujoco
+        self.mujoco, self.model = mujoco, model
+        self.data = [mujoco.MjData(model) for _ in range(count)]
+        self.qpos, self.qvel, self.torso = np.empty((count, 9)), np.empty((count, 9)), np.empty((count, 3))
+
+    def reset(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
+        for data, q, v in zip(self.data, qpos, qvel):
+            self.mujoco.mj_resetData(self.model, data)
+            data.qpos[:], data.qvel[:] = q, v
+            self.mujoco.mj_fwdPosition(self.model, data)
+        self._read()
+
+    def step(self, control: np.ndarray) -> None:
+        for data, row in zip(self.data, control):
+            data.ctrl[:] = row
+            self.mujoco.mj_step(self.model, data, nstep=SUBSTEPS)
+        self._read()
+
+    def _read(self) -> None:
+        for k, data in enumerate(self.data):
+            self.qpos[k], self.qvel[k], self.torso[k] = data.qpos, data.qvel, data.xpos[1]
+
+
+ENVIRONMENTS = {"nav": Navigation, "cheetah-dir": HalfCheetah, "cheetah-vel": HalfCheetah}
+
+
+class Rollouts(NamedTuple):
+    """What the policy saw, did and got; `mask` is 1 for steps before the end of a roll-out, 0 after."""
+    observations: Tensor    # (T, R, H, o)
+    actions: Tensor         # (T, R, H, a), before scaling and clipping
+    rewards: Tensor         # (T, R, H), 0 after the end
+    mask: Tensor            # (T, R, H)
+
+    def returns(self) -> Tensor:
+        """Undiscounted return of each task, the mean over its roll-outs: (T,)."""
+        return self.rewards.sum(-1).mean(1)
+
+
+@torch.no_grad()
+def collect(env, tasks: Tensor, learner: Learner, adapted: Tensors, rollouts: int, rng: torch.Generator, where: str,
+            run: Path) -> Rollouts:
+    """R roll-outs of each task, the policy of task t reading slice t of `adapted`. Raises UsageError for a non-finite
+    reward or state, naming task and step."""
+    count, horizon = len(tasks), env.horizon
+    noise = torch.randn(horizon, count, rollouts, env.action, generator=rng).to(tasks.device)
+    observation, alive = env.reset(tasks, rollouts, rng), torch.ones(count, rollouts, device=tasks.device)
+    record = []
+    for t in range(horizon):
+        mean, log_std = distribution(learner, adapted, learner.prefix(learner.theta, observation))
+        action = mean + log_std.exp() * noise[t]
+        following, reward, done = env.step(action)
+        record.append((observation, action, reward * alive, alive))
+        observation, alive = following, alive * ~done
+    result = Rollouts(*(torch.stack(part, 2) for part in zip(*record)))
+    check_rollouts(result, where, run)
+    return result
+
+
+def check_rollouts(rollouts: Rollouts, where: str, run: Path) -> None:
+    sums = rollouts.rewards + rollouts.observations.sum(-1)              # a NaN or infinity of a step shows in its sum
+    bad = (~sums.isfinite()).nonzero()
+    if len(bad):
+        task, rollout, step = bad[bad[:, 2].argmin()].tolist()
+        check_finite(float(sums[task, rollout, step]), "reward or state", f"{where}, task {task}, step {step}", run)
+
+
+# --- policy ----------------------------------------------------------------------------------------------------------
+
+class Learner(NamedTuple):
+    """What is meta-learned, and the policy cut where adaptation begins."""
+    theta: dict[str, Tensor]        # the layers fc1, fc2, fc3 and log_std (a,)
+    start: Tensors                  # where the inner step starts: tensors of theta, or CAVIA's zero context
+    prefix: Chain                   # observations -> features, the same before and after adaptation
+    suffix: Chain                   # features -> mean action, reads the adapted tensors
+    generator: Generator | None     # psi; None for MAML and CAVIA (M = 1)
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
+
+    def state(self) -> dict:
+        """A copy of all weights, on the CPU."""
+        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        for name, t in self.theta.items():
+            t.copy_(state["theta"][name])
+        if self.generator:
+            self.generator.load_state_dict(state["generator"])
+
+    def unadapted(self, tasks: int) -> Tensors:
+        """The start of the inner step for every task: {name: (T, *shape)}."""
+        return {name: t.expand(tasks, *t.shape) for name, t in self.start.items()}
+
+
+def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learner:
+    """Xavier-uniform layers with zero biases, as in CAVIA's code; CAVIA's context is a further input."""
+    extra = args.cavia_context if args.method == "cavia" else 0
+    theta, network = mlp([env.observation + extra, args.hidden, args.hidden, env.action])
+    for name, t in theta.items():
+        nn.init.zeros_(t) if name.endswith("bias") else nn.init.xavier_uniform_(t)
+    theta["log_std"] = torch.full((env.action,), math.log(args.init_std))
+    theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
+    if args.method == "cavia":
+        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(()), network, None)
+    prefix, suffix = network.split([name for name in args.adapt if name != "log_std"])
+    start = {name: theta[name] for name in args.adapt}
+    generator = None
+    if args.method == "modgrad":
+        generator = Generator({name: t.shape for name, t in start.items()}, args.context_dim, args.rank, init=args.init,
+                              hidden_cap=args.hidden_cap).to(device)
+    return Learner(theta, start, prefix, suffix, generator)
+
+
+def distribution(learner: Learner, adapted: Tensors, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (T, N, a) and log-std (T or 1, 1, a) of the Gaussian policy; features (T, N, ...) from `learner.prefix`."""
+    params = {**learner.theta, **adapted}
+    if "context" in adapted:
+        context = adapted["context"].unsqueeze(1).expand(-1, features.shape[1], -1)
+        features = torch.cat([features, context], -1)
+    log_std = params["log_std"]
+    return learner.suffix(params, features), log_std.view(-1, 1, log_std.shape[-1])
+
+
+# --- task loss -------------------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    """Steps of T tasks as the losses read them."""
+    observations: Tensor    # (T, N, o)
+    actions: Tensor         # (T, N, a)
+    advantages: Tensor      # (T, N), normalised over the steps of each task
+    weights: Tensor         # (T, N), sum 1 per task: a mean over the steps of a roll-out, then over roll-outs
+
+    @staticmethod
+    def of(rollouts: Rollouts, args: argparse.Namespace) -> Batch:
+        values = baseline_values(rollouts, args.gamma)
+        advantages = gae(rollouts.rewards, values, rollouts.mask, args.gamma, args.gae_lambda)
+        weights = rollouts.mask / rollouts.mask.sum(2, keepdim=True) / rollouts.mask.shape[1]
+        flat = lambda t: t.flatten(1, 2)
+        return Batch(flat(rollouts.observations), flat(rollouts.actions),
+                     normalised(flat(advantages), flat(rollouts.mask)), flat(weights))
+
+    def every(self, stride: int, horizon: int) -> Batch:
+        """The steps 0, stride, 2 stride, ... of each roll-out of `horizon` steps; weights sum to 1 again."""
+        pick = lambda t: t.unflatten(1, (-1, horizon))[:, :, ::stride].flatten(1, 2)
+        thinned = Batch(*map(pick, self))
+        return thinned._replace(weights=thinned.weights / thinned.weights.sum(1, keepdim=True))
+
+
+def baseline_values(rollouts: Rollouts, gamma: float, ridge: float = 1e-5) -> Tensor:
+    """Values (T, R, H) of the linear feature baseline, fitted to the discounted returns of the same roll-outs.
+
+    Features [o, o², t, t², t³, 1] with t in steps / 100, one ridge regression per task (Duan et al. 2016, as CAVIA).
+    Solved in float64: o and its powers are nearly collinear.
+    """
+    obs, mask = rollouts.observations.double(), rollouts.mask.double().unsqueeze(-1)
+    time_ = torch.arange(obs.shape[2], device=obs.device, dtype=obs.dtype).view(-1, 1).expand(*obs.shape[:3], 1) / 100
+    features = torch.cat([obs, obs**2, time_, time_**2, time_**3, torch.ones_like(time_)], -1)    # (T, R, H, 2 o + 4)
+    targets = discounted(rollouts.rewards.double(), gamma).unsqueeze(-1)
+    x, y = (features * mask).flatten(1, 2), targets.flatten(1, 2)       # rows of zeros after the end of a roll-out
+    eye = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+    weights = torch.linalg.solve(x.mT @ x + ridge * eye, x.mT @ y)                                # (T, 2 o + 4, 1)
+    return (features @ weights.unsqueeze(1)).squeeze(-1).to(rollouts.rewards.dtype)
+
+
+def discounted(values: Tensor, factor: float) -> Tensor:
+    """sum_k factor^k values[..., t + k]: (..., H) -> (..., H)."""
+    out, running = torch.empty_like(values), torch.zeros_like(values[..., 0])
+    for t in reversed(range(values.shape[-1])):
+        running = values[..., t] + factor * running
+        out[..., t] = running
+    return out
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambda_: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016), all (T, R, H); the value after a roll-out's end is 0."""
+    values = values * mask
+    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    return discounted((rewards + gamma * following - values) * mask, gamma * lambda_)
+
+
+def normalised(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over each task's steps where mask is 1; 0 elsewhere: (T, N)."""
+    count = mask.sum(1, keepdim=True)
+    centred = (x - (x * mask).sum(1, keepdim=True) / count) * mask
+    return centred / ((centred.square().sum(1, keepdim=True) / count).sqrt() + 1e-8)
+
+
+def log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """Log-density of the Gaussian policy: (T, N, a) -> (T, N)."""
+    z = (actions - mean) * (-log_std).exp()
+    return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian_kl(mean0: Tensor, log_std0: Tensor, mean1: Tensor, log_std1: Tensor) -> Tensor:
+    """KL(0 || 1) of diagonal Gaussians: (T, N, a) -> (T, N)."""
+    variance = (2 * (log_std0 - log_std1)).exp() + ((mean0 - mean1) * (-log_std1).exp()).square()
+    return (log_std1 - log_std0 + 0.5 * (variance - 1)).sum(-1)
+
+
+def adapted_policy(learner: Learner, current: Tensors, batch: Batch, args: argparse.Namespace,
+                   differentiable: bool, rate: float = 1.0) -> Tensors:
+    """One inner step, of size `rate` alpha, of every task from `current` {name: (T, *shape)} on its own roll-outs.
+
+    `adapt` starts all tasks at one point; here that point is the displacement 0, so that a second and a third update
+    can start where the one before left each task.
+    """
+    with torch.set_grad_enabled(differentiable):
+        features = learner.prefix(learner.theta, batch.observations)
+        moved = lambda by: {name: t + by[name] for name, t in current.items()}
+
+        def loss(by: Tensors) -> Tensor:                                                          # (T,)
+            likelihood = log_prob(*distribution(learner, moved(by), features), batch.actions)
+            return -(likelihood * batch.advantages * batch.weights).sum(1)
+
+        zero = {name: torch.zeros_like(t[0]) for name, t in current.items()}
+        return moved(adapt(loss, zero, len(batch.actions), rate * args.inner_lr, learner.generator,
+                           differentiable=differentiable, kernel=args.kernel))
+
+
+# --- meta-train ------------------------------------------------------------------------------------------------------
+
+def flat_grad(output: Tensor, inputs: list[Tensor], cotangent: Tensor | None = None, keep: bool = True,
+              graph: bool = False) -> Tensor:
+    """Gradient of `output` (or its product with `cotangent`) with respect to all inputs, as one vector."""
+    grads = torch.autograd.grad(output, inputs, cotangent, retain_graph=keep, create_graph=graph, allow_unused=True,
+                                materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in grads])
+
+
+def fisher_product(learner: Learner, pre: Batch, post: Batch, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
+    """v -> H v, H the Hessian at the present parameters of the mean KL between the adapted policies of now and of then.
+
+    There the KL is 0.5 |d z|² to second order, z being the adapted policies' means and log-stds in units of sigma and
+    weighted by sqrt(weights / T); so H = JᵀJ, J = dz/d(theta, psi) through the inner step. Jᵀu is linear in u: its
+    derivative with respect to u gives J v, and the graphs of both are built once.
+    """
+    params, tasks = learner.parameters(), len(post.actions)
+    adapted = adapted_policy(learner, learner.unadapted(tasks), pre, args, differentiable=True)
+    mean, log_std = distribution(learner, adapted, learner.prefix(learner.theta, post.observations))
+    weight = (post.weights / tasks).sqrt().unsqueeze(-1)                                          # (T, N, 1)
+    z = torch.cat([(weight * mean * (-log_std.detach()).exp()).reshape(-1),
+                   (math.sqrt(2 / tasks) * log_std.expand(tasks, 1, -1)).reshape(-1)])
+    u = torch.zeros_like(z, requires_grad=True)
+    pulled = flat_grad(z, params, u, graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        pushed, = torch.autograd.grad(pulled, u, v, retain_graph=True)
+        return flat_grad(z, params, pushed)
+
+    return product
+
+
+def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int,
+                       tolerance: float = 1e-10) -> Tensor:
+    """Solve product(x) = b approximately for a symmetric positive product."""
+    x, r = torch.zeros_like(b), b.clone()
+    p, rr = r.clone(), r.dot(r)
+    for _ in range(iterations):
+        if rr <= tolerance:
+            break
+        q = product(p)
+        step = rr / p.dot(q)
+        x, r = x + step * p, r - step * q
+        rr, before = r.dot(r), rr
+        p = r + rr / before * p
+    return x
+
+
+class Trial(NamedTuple):
+    """The outer surrogate loss and the mean KL of the adapted policies on the roll-outs after adaptation."""
+    loss: Tensor
+    kl: Tensor
+
+
+def surrogate(learner: Learner, adapted: Tensors, post: Batch, old: tuple[Tensor, Tensor]) -> Trial:
+    """The importance-weighted policy loss, mean over tasks, and KL(old || new)."""
+    new = distribution(learner, adapted, learner.prefix(learner.theta, post.observations))
+    ratio = (log_prob(*new, post.actions) - log_prob(*old, post.actions)).exp()
+    mean = lambda values: (values * post.weights).sum(1).mean()
+    return Trial(-mean(ratio * post.advantages), mean(gaussian_kl(*old, *new)))
+
+
+def trpo_step(params: list[Tensor], gradient: Tensor, loss: float, product: Callable[[Tensor], Tensor],
+              trial: Callable[[], Trial], args: argparse.Namespace) -> tuple[float, int] | None:
+    """Move `params` along the natural gradient, as far as the KL allows and the loss falls.
+
+    Returns (KL of the step, trials), or None, with `params` as they were, if no trial was accepted.
+    """
+    damped = lambda v: product(v) + args.damping * v
+    direction = conjugate_gradient(damped, gradient, args.cg_iterations)
+    direction = direction * (2 * args.max_kl / direction.dot(damped(direction))).sqrt()
+    start = parameters_to_vector(params).detach()
+    for k in range(args.line_search):
+        vector_to_parameters(start - 0.8**k * direction, params)
+        after = trial()
+        if after.loss < loss and after.kl <= args.max_kl:      # false for NaN, as after a bad curvature
+            return float(after.kl), k + 1
+    vector_to_parameters(start, params)
+    return None
+
+
+def meta_step(learner: Learner, env, args: argparse.Namespace, rng: torch.Generator, where: str, run: Path) -> dict:
+    """One outer update on fresh tasks; returns what log.jsonl records of it."""
+    tasks, params = env.sample_tasks(args.meta_batch, rng), learner.parameters()
+    start = learner.unadapted(len(tasks))
+    before = collect(env, tasks, learner, start, args.rollouts, rng, where, run)
+    pre = Batch.of(before, args)
+    adapted = adapted_policy(learner, start, pre, args, differentiable=True)
+    after = collect(env, tasks, learner, adapted, args.rollouts, rng, where, run)
+    post = Batch.of(after, args)
+    with torch.no_grad():
+        old = distribution(learner, adapted, learner.prefix(learner.theta, post.observations))
+    now = surrogate(learner, adapted, post, old)
+    loss = now.loss.item()
+    check_finite(loss, "meta-loss", where, run)
+    gradient = flat_grad(now.loss, params, keep=False).detach()
+    thin = lambda batch: batch.every(args.curvature_stride, env.horizon)
+
+    def trial() -> Trial:
+        with torch.no_grad():
+            moved = adapted_policy(learner, learner.unadapted(len(tasks)), pre, args, differentiable=False)
+            return surrogate(learner, moved, post, old)
+
+    step = trpo_step(params, gradient, loss, fisher_product(learner, thin(pre), thin(post), args), trial, args)
+    kl, trials = step or (0.0, args.line_search)
+    std = learner.theta["log_std"].detach().exp().mean().item()
+    return {"before": before.returns().mean().item(), "after": after.returns().mean().item(), "kl": kl,
+            "trials": trials, "skipped": int(step is None), "std": std}
+
+
+def meta_train(learner: Learner, env, args: argparse.Namespace, run: Path, checkpoint: dict | None) -> dict:
+    """Train until `--iterations`, the time limit or a signal; returns the progress record."""
+    rng = torch.Generator().manual_seed(args.seed)
+    now = {"iteration": 0, "seconds": 0.0, "skipped": 0, "env_steps": 0, "largest_kl": 0.0, "stopped": None}
+    if checkpoint:
+        learner.load(checkpoint["weights"])
+        rng.set_state(checkpoint["rng"])
+        now = checkpoint["now"]
+
+    def save() -> None:
+        save_checkpoint(run, {"weights": learner.state(), "now": now, "rng": rng.get_state()})
+
+    started = time.monotonic() - now["seconds"]
+    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
+            progress(args.iterations, now["iteration"], "iterations") as bar:
+        while now["iteration"] < args.iterations and not stop.requested():
+            record = meta_step(learner, env, args, rng, f"iteration {now['iteration'] + 1}", run)
+            now["iteration"] += 1
+            now["skipped"] += record["skipped"]
+            now["largest_kl"] = max(now["largest_kl"], record["kl"])
+            now["env_steps"] += 2 * args.meta_batch * args.rollouts * env.horizon
+            now["seconds"] = time.monotonic() - started
+            bar.update(1)
+            bar.set_postfix(before=f"{record['before']:.1f}", after=f"{record['after']:.1f}", skipped=now["skipped"])
+            if now["iteration"] % args.log_every == 0 or now["iteration"] == args.iterations:
+                append_log(run, {"iteration": now["iteration"], **record, "skipped": now["skipped"],
+                                 "env_steps": now["env_steps"]})
+            if now["iteration"] % args.checkpoint_every == 0:
+                save()
+        now["stopped"] = stop.reason
+        save()
+    return now
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+def evaluate(learner: Learner, env, args: argparse.Namespace, run: Path) -> tuple[Tensor, list[Rollouts]]:
+    """Adapt to fresh tasks, the same for every method and seed: update k on the roll-outs of the policy after k - 1.
+
+    Returns the tasks (T, k) and the roll-outs before the first and after each update.
+    """
+    rng = torch.Generator().manual_seed(EVALUATION_SEED)
+    tasks = env.sample_tasks(args.test_tasks, rng)
+    policy, stages = learner.unadapted(len(tasks)), []
+    for update in range(args.updates + 1):
+        where = f"evaluation after {update} updates"
+        stages.append(collect(env, tasks, learner, policy, args.rollouts, rng, where, run))
+        if update < args.updates:
+            rate = 1.0 if update == 0 else args.later_rate
+            policy = adapted_policy(learner, policy, Batch.of(stages[-1], args), args, differentiable=False, rate=rate)
+    return tasks, stages
+
+
+def draw_trajectories(path: Path, goals: Tensor, stages: list[Rollouts], title: str, count: int = 4) -> None:
+    """trajectories.png: the first tasks' paths before (grey) and after one update (blue), the goal as a star."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, count, figsize=(3 * count, 3.3), dpi=100, squeeze=False)
+    for task, axes in enumerate(panels[0][: len(goals)]):
+        for stage, colour, label in ((0, "0.6", "before"), (1, "tab:blue", "after one update")):
+            lengths = stages[stage].mask[task].sum(1).int().tolist()
+            for k, (points, length) in enumerate(zip(stages[stage].observations[task, :5].cpu(), lengths)):
+                axes.plot(*points[:length].T, color=colour, linewidth=0.9, label=label if k == 0 else None)
+        axes.plot(*goals[task].cpu(), "*", color="tab:red", markersize=12, label="goal")
+        axes.set(xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
+    panels[0][0].legend(frameon=False, fontsize=7, loc="lower left")
+    figure.suptitle(title)
+    figure.tight_layout()
+    save_atomically(path, lambda file: figure.savefig(file, format="png"))
+    plt.close(figure)
+
+
+def render_gif(path: Path, env: HalfCheetah, observations: Tensor, label: str, every: int = 2) -> None:
+    """Film one roll-out, observations (H, 20), from its states; without a working OpenGL say so and go on."""
+    import mujoco
+    from PIL import Image
+    try:
+        renderer = mujoco.Renderer(env.model, 240, 320)
+    except Exception as error:                                           # each GL backend has its own exceptions
+        print(f"no film: MuJoCo cannot open an OpenGL context ({type(error).__name__}: {error}); install libosmesa6 or "
+              "libegl1 and set MUJOCO_GL=osmesa or egl", flush=True)
+        return
+    data, frames = mujoco.MjData(env.model), []
+    for row in observations[::every].double().cpu().numpy():
+        data.qpos[:] = np.concatenate([row[17:18], row[:8]])             # the torso's x is the root's
+        mujoco.mj_forward(env.model, data)
+        renderer.update_scene(data, camera="track")
+        frames.append(Image.fromarray(renderer.render()).quantize(64))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=int(1000 * DT * every), loop=0)
+    print(f"film of {label}: {path}", flush=True)
+
+
+def benchmark(args: argparse.Namespace, env, learner: Learner, repeats: int = 3) -> None:
+    """Environment steps per CPU second, in turn: our roll-outs with the policy, and Gymnasium's vector environment."""
+    envs, rng = args.meta_batch * args.rollouts, torch.Generator().manual_seed(args.seed)
+    tasks = env.sample_tasks(args.meta_batch, rng)
+    contenders = {f"ours, {args.env} with its policy": lambda: collect(
+        env, tasks, learner, learner.unadapted(len(tasks)), args.rollouts, rng, "the benchmark", Path(args.out))}
+    if args.env != "nav":
+        contenders["gymnasium SyncVectorEnv, random actions"] = gymnasium_rollout(envs, env.horizon)
+    rates = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, rollout in contenders.items():
+            started = time.process_time()
+            rollout()
+            if repeat:                                                   # the first pass warms up
+                rates[name].append(envs * env.horizon / (time.process_time() - started))
+    for name, values in rates.items():
+        print(f"{name}: {np.median(values):,.0f} environment steps per CPU second (median of {repeats}, "
+              f"{min(values):,.0f} to {max(values):,.0f}; {envs} environments x {env.horizon} steps)", flush=True)
+
+
+def gymnasium_rollout(envs: int, horizon: int) -> Callable[[], None]:
+    try:
+        import gymnasium
+        with no_mujoco_warnings():
+            theirs = gymnasium.make_vec("HalfCheetah-v5", num_envs=envs, vectorization_mode="sync")
+    except ImportError as error:
+        raise UsageError(f"no Gymnasium half-cheetah to compare ({error}): pip install 'gymnasium[mujoco]'") from None
+
+    def rollout() -> None:
+        theirs.reset(seed=0)
+        for _ in range(horizon):
+            theirs.step(theirs.action_space.sample())
+
+    return rollout
+
+
+# --- main ------------------------------------------------------------------------------------------------------------
+
+def draw_curves(run: Path, title: str) -> None:
+    """curves.png: return before and after one update against the outer iteration, from log.jsonl."""
+    log = read_log(run)
+    iterations = [line["iteration"] for line in log]
+    series = {label: (iterations, [line[key] for line in log])
+              for label, key in (("before the update", "before"), ("after one update", "after"))}
+    plot_curves(run / "curves.png", title, series if log else {}, "outer iterations", "return")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(argv)
+    device = setup(args)
+    try:
+        backend = resolve_backend(args.kernel, device)
+        env = ENVIRONMENTS[args.env](args, device)
+        learner = build_learner(args, env, device)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from None
+    if args.benchmark:
+        benchmark(args, env, learner)
+        return
+    run, checkpoint = open_run(args.out, vars(args), args.resume, may_change=EXTENSIBLE)
+    print(f"{args.method} on {args.env}: {args.meta_batch} tasks x {args.rollouts} roll-outs x {env.horizon} steps, "
+          f"{device} ({backend} kernel) -> {run}", flush=True)
+    now = meta_train(learner, env, args, run, checkpoint)
+    if now["stopped"] == "signal":
+        raise KeyboardInterrupt
+    tasks, stages = evaluate(learner, env, args, run)
+    returns = [mean_ci95(stage.returns().tolist()) for stage in stages]
+    value, ci95 = returns[1]
+    label = f"{args.env} {args.method}, {now['iteration']} iterations"
+    draw_curves(run, f"{label}: {value:.1f} after one update")
+    if args.env == "nav":
+        draw_trajectories(run / "trajectories.png", tasks, stages, label)
+    if args.render:
+        render_gif(Path(args.render), env, stages[1].observations[0, 0], f"task {tasks[0].tolist()}")
+    write_result(run, device, {
+        "metric": "return after one update", "value": value, "ci95": ci95, "tasks": args.test_tasks,
+        "returns": [mean for mean, _ in returns], "returns_ci95": [half for _, half in returns], "dataset": args.env,
+        "config": vars(args), "seed": args.seed, "iterations": now["iteration"], "skipped": now["skipped"],
+        "largest_kl": now["largest_kl"], "env_steps": now["env_steps"], "kernel": backend,
+        "train_seconds": now["seconds"], "iterations_per_second": now["iteration"] / now["seconds"]})
+    print(f"{label}: return after 0, 1, ... updates " + ", ".join(f"{m:.1f} ± {c:.1f}" for m, c in returns)
+          + f" over {args.test_tasks} tasks; results in {run}")
+
+
+if __name__ == "__main__":
+    run_main(main)
