@@ -549,7 +549,7 @@ def draw_grid(path: str | Path, rows: list[tuple[str, np.ndarray]], title: str =
     import matplotlib.pyplot as plt
     count = max(len(images) for _, images in rows)
     size = (1.1 * count + 1.6, 1.1 * len(rows) + 0.3)
-    figure, axes = plt.subplots(len(rows), count, figsize=size, dpi=100, squeeze=False)
+    figure, axes = plt.subplots(len(rows), count, figsize=size, dpi=100, squeeze=False, layout="constrained")
     for line, (label, images) in zip(axes, rows):
         for ax, image in zip(line, images):
             ax.imshow(image, interpolation="nearest")
@@ -558,7 +558,6 @@ def draw_grid(path: str | Path, rows: list[tuple[str, np.ndarray]], title: str =
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout(pad=0.3)
     save_atomically(path, lambda file: figure.savefig(file, format="png"))
     plt.close(figure)
 
