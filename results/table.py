@@ -66,7 +66,7 @@ def omniglot():
     """One row a run; the paper has numbers for multi-shot only."""
     rows = ["| protocol | method | training | inner steps: training / test | seed | ours, % | paper, % | device | time |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for folder, r in runs("omniglot"):
+    for folder, r in ((f, r) for f, r in runs("omniglot") if not f.name.startswith("candidate")):      # of ModGrad's form
         c = r["config"]
         few = c["protocol"] == "few-shot"
         what = f"{c['ways']}-way {c['shots']}-shot" if few else f"multi-shot, {c['channels']} filters"
@@ -86,12 +86,13 @@ RL = {  # Fig. 8, return after one step; "far below" and "below" where the text 
 
 def rl():
     """One row a run: returns of fresh tasks after 0, 1, ... updates."""
-    rows = ["| task | method | seed | iterations | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | device | training |",
+    rows = ["| task | method, alpha, adapted | seed | iterations | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | device | training |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for folder, r in runs("rl"):
         c = r["config"]
         first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
-        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}) | {r['seed']} | {r['iterations']:,} | "
+        what = "all tensors" if len(c["adapt"]) > 2 else ", ".join(c["adapt"])
+        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} | "
                     f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {device(r)} |")
     return "\n".join(rows)
 
