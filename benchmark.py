@@ -50,7 +50,8 @@ BF16_EXCESS = 1.5   # ours in bfloat16 may be this much further from float32 tha
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=("modgrad", "maml"), default=["modgrad", "maml"])
+    parser.add_argument("--methods", nargs="*", choices=("modgrad", "maml"), default=["modgrad", "maml"],
+                        help="whose meta-steps are timed beside others'; none: only memory and --scaling")
     parser.add_argument("--maml-steps", type=positive_int, nargs="+", default=[1, 5], help="inner steps of MAML")
     parser.add_argument("--meta-batch", type=positive_int, default=3, help="tasks per meta-step of ModGrad (MAML: 1)")
     parser.add_argument("--shots", type=positive_int, default=5)
@@ -379,6 +380,7 @@ def measure(args: argparse.Namespace) -> dict:
             figures["cases"].append(measure_case(args, method, steps))
             save(args, figures)
     figures["peak_memory_bytes"] = measure_memory(args)
+    save(args, figures)
     figures["scaling"] = measure_scaling(args) if args.scaling else {}
     save(args, figures)
     return figures
@@ -437,7 +439,8 @@ def report(figures: dict) -> None:
     for what, points in figures["scaling"].items():
         print(f"{what}: " + "; ".join(f"{value}: {p['seconds_per_episode']['median']:.2f} s/episode, "
                                       f"{p['peak_memory_bytes'] / 2**30:.2f} GiB" for value, p in points.items()))
-    print(f"\nmany devices, by arithmetic: {data_parallel(figures['cases'][0])}")
+    for case in figures["cases"][:1]:
+        print(f"\nmany devices, by arithmetic: {data_parallel(case)}")
 
 
 def main() -> None:

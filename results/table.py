@@ -28,7 +28,7 @@ def miniimagenet():
     for folder, r in runs("miniimagenet"):
         c = r["config"]
         what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
-        what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else ""
+        what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensors"
         what += ", SYNTHETIC" if r["synthetic"] else ""
         rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {c['shots']} | {c['image_size']} | {r['episodes']:,} | "
                     f"{r['tasks']} {r['split']} tasks | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
@@ -142,8 +142,9 @@ def scaling():
             memory = {value: p["peak_memory_bytes"] / 2**30 for value, p in points.items()}
             rows.append(f"| {machine(s)} | {what} | {cell(seconds)} | {cell(memory)} |")
         if s["peak_memory_bytes"]:
-            chunked = {tasks: peak["task_chunk_1"] / 2**30 for tasks, peak in s["peak_memory_bytes"].items()}
-            rows.append(f"| {machine(s)} | tasks, with `--task-chunk 1` | - | {cell(chunked)} |")
+            for key, what in (("whole", "meta-batch, whole"), ("task_chunk_1", "meta-batch, with `--task-chunk 1`")):
+                peaks = {tasks: peak[key] / 2**30 for tasks, peak in s["peak_memory_bytes"].items()}
+                rows.append(f"| {machine(s)} | {what} | - | {cell(peaks)} |")
     return "\n".join(rows)
 
 
