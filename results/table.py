@@ -132,6 +132,19 @@ def speed():
     return "\n".join(rows)
 
 
+def work():
+    """One row a machine and method: what an episode computes, and how near to the machine's matrix-multiply rate (CPU time)."""
+    rows = ["| machine | method | GFLOP an episode, ours / naive | float32 matrix product, GFLOP/s | ours, share of that rate |",
+            "| --- | --- | --- | --- | --- |"]
+    for s in speeds():
+        for case in s["cases"]:
+            flops, rate = case["gflop_per_episode"], s["matmul_gflops"]["float32"]
+            share = flops["ours"] / case["contenders"]["ours"]["cpu_seconds_per_episode"]["median"] / rate
+            rows.append(f"| {machine(s)} | {case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)} | "
+                        f"{flops['ours']:.1f} / {flops['naive']:.1f} | {rate:.0f} | {share:.0%} |")
+    return "\n".join(rows)
+
+
 def scaling():
     """One row a machine and a thing that grows: what an episode costs at each of its values."""
     rows = ["| machine | what grows | seconds per episode | peak memory, GiB |", "| --- | --- | --- | --- |"]
@@ -150,7 +163,7 @@ def scaling():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {"miniimagenet": miniimagenet, "celeba": celeba, "omniglot": omniglot, "rl": rl, "speed": speed, "scaling": scaling}
+    tables = {"miniimagenet": miniimagenet, "celeba": celeba, "omniglot": omniglot, "rl": rl, "speed": speed, "work": work, "scaling": scaling}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)
 
