@@ -61,6 +61,7 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
             raise UsageError("this script works on one device: start it without torchrun")
         with first_rank_speaks():
             main()
+            max_over_ranks(0)                                      # no rank leaves while another still reads from it
     except UsageError as error:
         if store is None or store.add("errors", 1) == 1:           # of several ranks, the first to fail says why
             print(f"error: {error}", file=sys.stderr)
@@ -69,8 +70,7 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
         if rank() == 0:
             print("interrupted", file=sys.stderr)
         leave(130)
-    if store:
-        dist.destroy_process_group()
+    leave(0)
 
 
 # --- flags and set-up ------------------------------------------------------------------------------------------------
@@ -201,7 +201,9 @@ def _lost_rank_is_named() -> Iterator[None]:
 def leave(status: int) -> None:
     """Exit; of several ranks without tearing down the process group, whose threads can abort or block that."""
     if ranks() == 1:
-        sys.exit(status)
+        if status:
+            sys.exit(status)
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
