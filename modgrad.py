@@ -164,7 +164,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         noise_std: eta, standard deviation of the Gaussian noise added to g, drawn once per step (Section 5.4).
         rng: source of that noise, on theta's device.
         differentiable: keep the graph for an outer derivative; False saves memory at test time.
-        kernel: "auto", "triton" or "eager", see `kernels.modulated_step`.
+        kernel: "auto", "triton", "closed" or "eager", see `kernels.modulated_step`.
 
     Returns: {name: (T, *shape)} after the last step. Raises ValueError for bad arguments.
     """

@@ -4,8 +4,9 @@
     python -m kernels.benchmark --sizes wrn --tasks 4 16 --dtype bfloat16
     python -m kernels.benchmark --quick                          # Conv-4 only, under a minute
 
-Contenders: `eager` (the plain formula), `addcmul` (plain PyTorch with one temporary less), `compile`
-(torch.compile of the formula, differentiated inside the compiled function), `triton` (all tensors of a
+Contenders: `eager` (the plain formula), `addcmul` (plain PyTorch with one temporary less), `closed` (closed forms of
+the derivatives in PyTorch operations, what CPU tensors get), `compile` (torch.compile of the formula,
+differentiated inside the compiled function), `triton` (all tensors of a
 network in one launch) and `triton-single` (one launch per tensor). Triton is timed on a GPU only: its
 interpreter is no measure of speed.
 
@@ -43,7 +44,7 @@ SIZES = {                                # the tensors that ModGrad adapts in ea
     "wrn-natural": [(640, 5760)],
 }
 PASSES = ("forward", "backward", "double backward", "inner step")
-CONTENDERS = ("eager", "addcmul", "compile", "triton", "triton-single")
+CONTENDERS = ("eager", "addcmul", "closed", "compile", "triton", "triton-single")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,6 +70,10 @@ def eager_step(theta, grad, row, col) -> list:
 def addcmul_step(theta, grad, row, col) -> list:
     return [torch.addcmul(t, torch.relu(a[:, :, None] * b[:, None, :]), g, value=-1)
             for t, g, a, b in zip(theta, grad, row, col)]
+
+
+def closed_step(theta, grad, row, col) -> list:
+    return modulated_step(theta, grad, row, col, kernel="closed")
 
 
 def triton_step(theta, grad, row, col) -> list:
@@ -142,8 +147,8 @@ def make_passes(name: str, case: Case) -> dict:
         torch.compiler.reset()
         passes = compiled_passes(eager_step, case)
     else:
-        steps = {"eager": eager_step, "addcmul": addcmul_step, "triton": triton_step,
-                 "triton-single": triton_single_step}
+        steps = {"eager": eager_step, "addcmul": addcmul_step, "closed": closed_step,
+                 "triton": triton_step, "triton-single": triton_single_step}
         passes = autograd_passes(steps[name], case)
     for function in passes.values():
         function()

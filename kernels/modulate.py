@@ -42,6 +42,7 @@ except ImportError:                      # a machine without a GPU: the eager pa
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_TENSORS_PER_LAUNCH = 8               # a kernel holds one copy of its code per tensor
+CLOSED_FROM = 2 ** 14                    # elements (T n1 n2): below, the Functions' own overhead outweighs their gain on a CPU
 TILE = 1024                              # elements: 16 x 64 on 4 warps stays under 128 registers a thread
 SUM_BLOCK = (16, 64)                     # (partial sums, vector entries) added at a time by the second stage
 # Fusion of multiply and add is named because Triton's default for it is changing.
@@ -383,8 +384,95 @@ def _launch_double_backward(sign: int, out_grads, grads, rows, cols, xs, ps, qs)
 
 
 # ---------------------------------------------------------------------------------------------------------
+# The same three in PyTorch, for CPUs: few passes over memory, in place where it can be, and no mask. m is of degree one in a
+# and in b, so that h_ij b_j = m_ij / a_i and h_ij a_i = m_ij / b_j, where 1 / 0 stands for 0. With p' = p / a, q' = q / b:
+#     mdot_ij = m_ij (p'_i + q'_j)           d_a_i = sum_j (d_g ⊙ g)_ij / a_i       and so on
+# A factor below 1e-38 and infinite numbers may give NaN in a derivative where the formulas above do not; values are exact.
+# ---------------------------------------------------------------------------------------------------------
+
+def _in_float32(launch):
+    """Let `launch` compute 16-bit tensors in float32, as the Triton kernels do."""
+    @functools.wraps(launch)
+    def wrapped(sign, *groups):
+        dtype = groups[-1][0].dtype
+        if dtype in (torch.float32, torch.float64):
+            return launch(sign, *groups)
+        return tuple(t.to(dtype) for t in launch(sign, *(tuple(t.float() for t in group) for group in groups)))
+    return wrapped
+
+
+def _signed_mask(sign: int, row, col):
+    """s m, (T, n1, n2)."""
+    if sign > 0:
+        return (row[:, :, None] * col[:, None, :]).relu_()
+    return (row.neg()[:, :, None] * col[:, None, :]).clamp_max_(0)
+
+
+def _inverse(v):
+    """1 / v, 0 where v is 0."""
+    return v.reciprocal().masked_fill_(v == 0, 0.0)
+
+
+@_in_float32
+def _closed_forward(sign: int, thetas, grads, rows, cols) -> tuple:
+    """As `_launch_forward`."""
+    ms = [_signed_mask(1, a, b) for a, b in zip(rows, cols)]
+    if sign > 0:
+        return tuple(m.mul_(g) for m, g in zip(ms, grads))
+    return tuple(torch.addcmul(theta, m, g, value=-1, out=m) for theta, m, g in zip(thetas, ms, grads))
+
+
+@_in_float32
+def _closed_backward(sign: int, out_grads, grads, rows, cols) -> tuple:
+    """As `_launch_backward`."""
+    results = []
+    for G, g, a, b in zip(out_grads, grads, rows, cols):
+        d_g = _signed_mask(sign, a, b).mul_(G)
+        terms = d_g * g
+        results.append((d_g, terms.sum(2) * _inverse(a), terms.sum(1) * _inverse(b)))
+    return tuple(result for group in zip(*results) for result in group)
+
+
+@_in_float32
+def _closed_double_backward(sign: int, out_grads, grads, rows, cols, xs, ps, qs) -> tuple:
+    """As `_launch_double_backward`."""
+    results = []
+    for k, (G, g, a, b, p, q) in enumerate(zip(out_grads, grads, rows, cols, ps, qs)):
+        over_a, over_b = _inverse(a), _inverse(b)
+        p, q = p * over_a, q * over_b
+        m, slope = _signed_mask(sign, a, b), p[:, :, None] + q[:, None, :]
+        mG = m * G
+        mGg = mG * g
+        to_a, to_b = (q[:, None] @ mGg.mT)[:, 0], (p[:, None] @ mGg)[:, 0]      # a row times a matrix is the fast form
+        if xs:
+            to_G = m.mul_(torch.addcmul(xs[k], slope, g))
+            mGX = torch.mul(mG, xs[k], out=mGg)
+            to_a, to_b = to_a + mGX.sum(2), to_b + mGX.sum(1)
+        else:
+            to_G = m.mul_(slope).mul_(g)
+        results.append((to_G, mG.mul_(slope), to_a * over_a, to_b * over_b))
+    return tuple(result for group in zip(*results) for result in group)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Autograd. Functions take flat tensors, group after group: first all G, then all g, then all a, ...
 # ---------------------------------------------------------------------------------------------------------
+
+class _Form(NamedTuple):
+    """What the Functions below need to know besides tensors."""
+
+    sign: int                            # s
+    triton: bool                         # else the closed forms in PyTorch
+
+    def forward(self, *groups) -> tuple:
+        return (_launch_forward if self.triton else _closed_forward)(self.sign, *groups)
+
+    def backward(self, *groups) -> tuple:
+        return (_launch_backward if self.triton else _closed_backward)(self.sign, *groups)
+
+    def double_backward(self, *groups) -> tuple:
+        return (_launch_double_backward if self.triton else _closed_double_backward)(self.sign, *groups)
+
 
 def _groups(tensors, count: int) -> list:
     size = len(tensors) // count
@@ -404,23 +492,23 @@ def _fold_vmap(function, info, in_dims, arguments) -> tuple:
 
 
 class _Modulate(Function):
-    """(sign, thetas if sign is -1, grads, rows, cols) -> y of each tensor."""
+    """(form, thetas if its sign is -1, grads, rows, cols) -> y of each tensor."""
 
     @staticmethod
-    def forward(sign, *tensors):
-        groups = _groups(tensors, 4 if sign < 0 else 3)
-        return _launch_forward(sign, *groups) if sign < 0 else _launch_forward(sign, (), *groups)
+    def forward(form, *tensors):
+        groups = _groups(tensors, 4 if form.sign < 0 else 3)
+        return form.forward(*groups) if form.sign < 0 else form.forward((), *groups)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.sign = inputs[0]
-        thetas = (len(inputs) - 1) // 4 if ctx.sign < 0 else 0       # no derivative needs theta: not kept
+        ctx.form = inputs[0]
+        thetas = (len(inputs) - 1) // 4 if ctx.form.sign < 0 else 0       # no derivative needs theta: not kept
         ctx.save_for_backward(*inputs[1 + thetas:])
 
     @staticmethod
     def backward(ctx, *out_grads):
-        d_theta = out_grads if ctx.sign < 0 else ()
-        return None, *d_theta, *_ModulateBackward.apply(ctx.sign, *out_grads, *ctx.saved_tensors)
+        d_theta = out_grads if ctx.form.sign < 0 else ()
+        return None, *d_theta, *_ModulateBackward.apply(ctx.form, *out_grads, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -428,15 +516,15 @@ class _Modulate(Function):
 
 
 class _ModulateBackward(Function):
-    """(sign, out_grads, grads, rows, cols) -> d_g, d_a, d_b of each tensor."""
+    """(form, out_grads, grads, rows, cols) -> d_g, d_a, d_b of each tensor."""
 
     @staticmethod
-    def forward(sign, *tensors):
-        return _launch_backward(sign, *_groups(tensors, 4))
+    def forward(form, *tensors):
+        return form.backward(*_groups(tensors, 4))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.sign = inputs[0]
+        ctx.form = inputs[0]
         ctx.save_for_backward(*inputs[1:])
         ctx.set_materialize_grads(False)     # X is absent when only the context gradient was used: skip it
 
@@ -446,7 +534,7 @@ class _ModulateBackward(Function):
         _, grads, rows, cols = _groups(ctx.saved_tensors, 4)
         xs = () if all(x is None for x in xs) else _or_zeros(xs, grads)
         cotangents = *xs, *_or_zeros(ps, rows), *_or_zeros(qs, cols)
-        return None, *_ModulateDoubleBackward.apply(ctx.sign, bool(xs), *ctx.saved_tensors, *cotangents)
+        return None, *_ModulateDoubleBackward.apply(ctx.form, bool(xs), *ctx.saved_tensors, *cotangents)
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -458,22 +546,22 @@ def _or_zeros(cotangents, like) -> tuple:
 
 
 class _ModulateDoubleBackward(Function):
-    """(sign, has_x, out_grads, grads, rows, cols, xs if has_x, ps, qs) -> gradients to G, g, a, b of each."""
+    """(form, has_x, out_grads, grads, rows, cols, xs if has_x, ps, qs) -> gradients to G, g, a, b of each."""
 
     @staticmethod
-    def forward(sign, has_x, *tensors):
+    def forward(form, has_x, *tensors):
         groups = _groups(tensors, 7 if has_x else 6)
-        return _launch_double_backward(sign, *groups[:4], groups[4] if has_x else (), *groups[-2:])
+        return form.double_backward(*groups[:4], groups[4] if has_x else (), *groups[-2:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.sign, ctx.has_x = inputs[:2]
+        ctx.form, ctx.has_x = inputs[:2]
         ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
     def backward(ctx, *cotangents):
         # Third order, which the method never asks for: the closed formula in PyTorch, right at all orders.
-        formula = functools.partial(_double_backward_formula, ctx.sign, ctx.has_x)
+        formula = functools.partial(_double_backward_formula, ctx.form.sign, ctx.has_x)
         _, pull_back = torch.func.vjp(formula, *ctx.saved_tensors)
         return None, None, *pull_back(cotangents)
 
@@ -513,7 +601,8 @@ def modulated_step(theta, grad, row, col, *, kernel: str = "auto"):
         grad: inner gradient, (T, n1, n2).
         row: left factor, (T, n1).
         col: right factor, (T, n2).
-        kernel: "auto" (Triton for CUDA tensors, plain PyTorch elsewhere), "triton" or "eager".
+        kernel: "auto" (Triton for CUDA tensors, closed forms for CPU tensors, the plain formula elsewhere), "triton",
+            "closed" (closed forms of the derivatives in PyTorch operations) or "eager" (the formula and autograd).
 
     Each may also be a list or tuple with one entry per adapted tensor; these then share kernel launches. All
     tensors have one device and one dtype of float16, bfloat16, float32, float64; Triton computes 16-bit
@@ -547,25 +636,27 @@ def modulate_reference(grad, row, col):
 
 
 def resolve_backend(kernel: str, device) -> str:
-    """Return "triton" or "eager", what `kernel` means for tensors on `device`.
+    """Return "triton", "closed" or "eager", what `kernel` means for tensors on `device`.
 
     Raises:
-        ValueError: `kernel` is not "auto", "triton" or "eager".
+        ValueError: `kernel` is not "auto", "triton", "closed" or "eager".
         RuntimeError: Triton is wanted and is not installed, or the device is not a CUDA device and the
             interpreter (environment variable TRITON_INTERPRET=1 at start) is off.
     """
-    if kernel not in ("auto", "triton", "eager"):
-        raise ValueError(f'kernel must be "auto", "triton" or "eager", got {kernel!r}')
+    if kernel not in ("auto", "triton", "closed", "eager"):
+        raise ValueError(f'kernel must be "auto", "triton", "closed" or "eager", got {kernel!r}')
     kind = torch.device(device).type
-    if kernel == "eager" or (kernel == "auto" and kind != "cuda"):
-        return "eager"
+    if kernel == "auto" and kind != "cuda":
+        return "closed" if kind == "cpu" else "eager"
+    if kernel in ("closed", "eager"):
+        return kernel
     if triton is None:
         raise RuntimeError(f'kernel "{kernel}" on {device} needs Triton, which is not installed: '
                            f'install the package "triton" or choose kernel "eager"')
     interpreted = not isinstance(_forward_kernel, triton.runtime.JITFunction)
     if kind != "cuda" and not (kind == "cpu" and interpreted):
         raise RuntimeError(f'kernel "triton" runs on CUDA tensors, got {device}: move the tensors to a GPU, '
-                           f'choose kernel "auto" or "eager", or set TRITON_INTERPRET=1 (slow, for checks)')
+                           f'choose kernel "auto", "closed" or "eager", or set TRITON_INTERPRET=1 (slow, for checks)')
     return "triton"
 
 
@@ -583,20 +674,39 @@ def _run(theta, grad, row, col, kernel: str, step: bool):
         _check_entry(names, entry, "" if single else f"[{index}]", groups[-3][0])
     # True while torch.compile traces: it could drop second-order terms of the Functions without an error.
     backend = "eager" if torch.compiler.is_compiling() else resolve_backend(kernel, groups[-3][0].device)
-    if backend == "triton":
-        out = _run_triton(groups, step)
-    else:
+    if backend == "eager":
         out = [(modulated_step_reference if step else modulate_reference)(*entry) for entry in entries]
+    elif backend == "closed":
+        out = _run_closed(entries, step)
+    else:
+        out = _run_functions(groups, step, _Form(-1 if step else 1, triton=True))
     return out[0] if single else out
 
 
-def _run_triton(groups, step: bool) -> list:
+def _run_closed(entries, step: bool) -> list:
+    large = [k for k, entry in enumerate(entries) if entry[-3].numel() >= CLOSED_FROM]
+    out = [None if k in large else _small(*entry) for k, entry in enumerate(entries)]
+    if large:
+        groups = [list(group) for group in zip(*(entries[k] for k in large))]
+        for k, y in zip(large, _run_functions(groups, step, _Form(-1 if step else 1, triton=False))):
+            out[k] = y
+    return out
+
+
+def _small(*entry):
+    """The formula with one temporary less: (theta,) grad, row, col -> y."""
+    *theta, grad, row, col = entry
+    m = torch.relu(row[:, :, None] * col[:, None, :])
+    return torch.addcmul(theta[0], m, grad, value=-1) if theta else m * grad
+
+
+def _run_functions(groups, step: bool, form: _Form) -> list:
     if step:                             # expand's own derivative sums over the tasks of a shared theta
         groups = [[theta.expand(grad.shape) for theta, grad in zip(*groups[:2])], *groups[1:]]
     out = []
     for start in range(0, len(groups[0]), MAX_TENSORS_PER_LAUNCH):
         part = [tensor for group in groups for tensor in group[start:start + MAX_TENSORS_PER_LAUNCH]]
-        out.extend(_Modulate.apply(-1 if step else 1, *part))
+        out.extend(_Modulate.apply(form, *part))
     return out
 
 

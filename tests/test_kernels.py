@@ -1,5 +1,6 @@
 """The eager path, the choice of backend, the errors, and the guard that keeps torch.compile right."""
 
+import functools
 import importlib
 import os
 import subprocess
@@ -36,21 +37,24 @@ def test_values_entry_by_entry(shape):
             for j in range(shape[1]):
                 m = max(row[t, i].item() * col[t, j].item(), 0.0)
                 assert alone[t, i, j].item() == m * grad[t, i, j].item()
-                assert out[t, i, j].item() == theta[i, j].item() - m * grad[t, i, j].item()
+                start, step = theta[i, j].item(), m * grad[t, i, j].item()
+                rounding = 2.3e-16 * (abs(start) + abs(step))      # a fused multiply-add rounds once, not twice
+                assert abs(out[t, i, j].item() - (start - step)) <= rounding
 
 
 def test_step_size_folds_into_row():
     theta, grad, row, col = tensors()
     folded = modulated_step(theta, grad, 0.25 * row, col)          # a power of two: exact
-    assert torch.equal(folded, theta - 0.25 * modulate(grad, row, col))
+    torch.testing.assert_close(folded, theta - 0.25 * modulate(grad, row, col), rtol=0, atol=1e-15)   # a fused multiply-add
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_eager_derivatives(shared):
     theta, grad, row, col = tensors()
     theta = theta if shared else theta.detach().expand(2, 3, 5).clone().requires_grad_()
-    assert gradcheck(modulated_step, (theta, grad, row, col))
-    assert gradgradcheck(modulated_step, (theta, grad, row, col))
+    eager = functools.partial(modulated_step, kernel="eager")
+    assert gradcheck(eager, (theta, grad, row, col))
+    assert gradgradcheck(eager, (theta, grad, row, col))
 
 
 def test_closed_formula_of_the_double_backward_equals_autograd():
@@ -71,16 +75,27 @@ def test_closed_formula_of_the_double_backward_equals_autograd():
 def test_list_form_equals_single_form():
     entries = [tensors(shape, seed=k) for k, shape in enumerate([(3, 5), (1, 4), (2, 2)])]
     thetas, grads, rows, cols = map(tuple, zip(*entries))
-    for out, entry in zip(modulated_step(thetas, grads, rows, cols), entries):
+    for out, entry in zip(modulated_step(thetas, grads, rows, cols, kernel="eager"), entries):
         assert torch.equal(out, modulated_step_reference(*entry))
-    for out, entry in zip(modulate(grads, rows, cols), entries):
+    for out, entry in zip(modulate(grads, rows, cols, kernel="eager"), entries):
         assert torch.equal(out, modulate_reference(*entry[1:]))
+
+
+def test_small_and_large_tensors_of_a_list_take_their_own_form(monkeypatch):
+    # 2 x 3 x 5 = 30 and 2 x 6 x 5 = 60 numbers: the first and the last are small, as biases are.
+    monkeypatch.setattr(source, "CLOSED_FROM", 40)
+    thetas, grads, rows, cols = zip(*(tensors(shape, seed=k) for k, shape in enumerate([(3, 5), (6, 5), (1, 4)])))
+    out = modulated_step(thetas, grads, rows, cols)
+    assert [y.grad_fn.name() for y in out] == ["AddcmulBackward0", "_ModulateBackward", "AddcmulBackward0"]
+    for y, entry in zip(out, zip(thetas, grads, rows, cols)):
+        torch.testing.assert_close(y, modulated_step_reference(*entry), rtol=1e-14, atol=1e-14)
 
 
 # --- the choice of backend --------------------------------------------------------------------------------
 
-def test_backend_without_gpu_is_eager():
-    assert resolve_backend("auto", "cpu") == resolve_backend("eager", "cpu") == "eager"
+def test_backend_without_gpu():
+    assert resolve_backend("auto", "cpu") == resolve_backend("closed", "cpu") == "closed"
+    assert resolve_backend("eager", "cpu") == "eager"
     assert resolve_backend("eager", "cuda") == "eager"
     assert resolve_backend("auto", torch.device("mps")) == "eager"
 
