@@ -142,7 +142,7 @@ def _key(name: str) -> str:
 
 # --- the inner loop (Algorithm 1, Eq. 9) -----------------------------------------------------------------------------
 
-def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tasks: int, alpha: float | Tensor,
+def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tasks: int | None, alpha: float | Tensor,
           generator: Generator | None = None, *, steps: int = 1, first_order: bool = False, refine: bool = False,
           noise_std: float = 0.0, rng: torch.Generator | None = None, differentiable: bool = True,
           kernel: str = "auto") -> Tensors:
@@ -153,8 +153,9 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
 
     Args:
         loss_fn: {name: (T, *shape)} -> support losses (T,); the loss of task t may depend on slice t only.
-        theta: {name: (*shape)}, the tensors to adapt, the same start for all tasks.
-        tasks: T.
+        theta: {name: (*shape)}, the tensors to adapt, the same start for all tasks; where `tasks` is None
+            {name: (T, *shape)}, a start for each.
+        tasks: T, or None.
         alpha: inner learning rate, >= 0; a tensor receives its meta-gradient.
         generator: Psi, or None for MAML.
         steps: K.
@@ -170,6 +171,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
     """
     if not theta:
         raise ValueError("no tensor to adapt: theta is empty")
+    tasks, given = len(next(iter(theta.values()))) if tasks is None else tasks, tasks
     if steps < 0 or tasks < 1:
         raise ValueError(f"steps must be >= 0 and tasks >= 1, got steps={steps}, tasks={tasks}")
     if not isinstance(alpha, Tensor) and not (math.isfinite(alpha) and alpha >= 0):
@@ -178,7 +180,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         raise ValueError(f"noise_std must be >= 0, got {noise_std}")
     graph = differentiable and not first_order
     with torch.enable_grad():
-        current = {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
+        current = dict(theta) if given is None else {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
         if refine:
             if generator is None:
                 raise ValueError("refine is a variant of the context update: it needs a generator")

@@ -1,6 +1,7 @@
 """The batched core against the naive oracle, finite differences and what the equations promise."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -85,11 +86,11 @@ def assert_close(actual, expected, tolerance, scale=None):
         assert error <= tolerance * size, f"{name}: error {error:.2e} of {size:.2e}"
 
 
-def compare(dtype, adapted=ADAPTED, psi=True, init="identity", factors="flat", **options):
+def compare(dtype, adapted=ADAPTED, psi=True, init="identity", factors="flat", kernel="eager", **options):
     theta, chain, generator = network(dtype, adapted, init, factors)
     generator = generator if psi else None
     data = episode(dtype)
-    ours, our_loss = batched(theta, chain, generator, data, adapted, kernel="eager", **options)
+    ours, our_loss = batched(theta, chain, generator, data, adapted, kernel=kernel, **options)
     theirs, their_loss = oracle(theta, generator, data, adapted, **options)
     assert_close(ours, theirs, TOLERANCE[dtype])
     ours, theirs = (meta_gradients(loss, theta, generator) for loss in (our_loss, their_loss))
@@ -103,8 +104,10 @@ def compare(dtype, adapted=ADAPTED, psi=True, init="identity", factors="flat", *
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_modgrad_equals_naive(dtype, steps):
-    compare(dtype, steps=steps)
+@pytest.mark.parametrize("kernel", ["eager", "closed"])
+def test_modgrad_equals_naive(dtype, steps, kernel, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)      # no tensor is too small for the closed forms
+    compare(dtype, steps=steps, kernel=kernel)
 
 
 @pytest.mark.parametrize("options", [
@@ -206,6 +209,18 @@ def test_tasks_do_not_influence_each_other():
     after, _ = batched(theta, chain, psi, changed, ADAPTED)
     same = [all(torch.equal(before[n][t], after[n][t]) for n in ADAPTED) for t in range(TASKS)]
     assert same == [True, False, True]
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_each_task_may_start_elsewhere(differentiable):
+    """Two calls of one step, the second from where each task is, are one call of two steps."""
+    theta, chain, psi = network(torch.float64)
+    support_x, support_y, *_ = episode(torch.float64)
+    loss = lambda adapted: cross_entropy(chain({**theta, **adapted}, support_x), support_y)
+    start = {name: theta[name] for name in ADAPTED}
+    once = adapt(loss, start, TASKS, 0.3, psi, steps=2, differentiable=differentiable)
+    first = adapt(loss, start, TASKS, 0.3, psi, differentiable=differentiable)
+    assert_close(adapt(loss, first, None, 0.3, psi, differentiable=differentiable), once, 1e-12)
 
 
 def test_support_statistics_are_not_transductive():
