@@ -106,6 +106,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                           "(fast on CUDA and on CPUs with AVX512-BF16 or AMX). Weights and updates stay float32")
 
 
+def fill_in(args: argparse.Namespace, defaults: dict) -> None:
+    """Give the flags that were left out the defaults of the chosen method."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
 def setup(args: argparse.Namespace) -> torch.device:
     """Seed everything, set precision, threads and the memory allocator; return the device. Raises UsageError."""
     device = _device(args.device)
@@ -407,6 +414,27 @@ def check_finite(value: float, what: str, where: str, run: Path) -> None:
         left = f"the last good checkpoint is {kept}" if kept.exists() else "no checkpoint was written yet"
         raise UsageError(f"non-finite {what} ({value}) at {where}; {left}. A smaller learning rate usually helps")
 
+
+# --- meta-training ---------------------------------------------------------------------------------------------------
+# A learner has theta {name: tensor} and `generator`, the module of psi or None.
+
+def copy_weights(learner) -> dict:
+    """A copy of all weights, on the CPU."""
+    copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+    psi = copy(learner.generator.state_dict()) if learner.generator else None
+    return {"theta": copy(learner.theta), "generator": psi}
+
+
+@torch.no_grad()
+def load_weights(learner, weights: dict) -> None:
+    """Put what `copy_weights` returned into the learner's own tensors."""
+    for name, t in learner.theta.items():
+        t.copy_(weights["theta"][name])
+    if learner.generator:
+        learner.generator.load_state_dict(weights["generator"])
+
+
+# --- statistics, machine, figures ------------------------------------------------------------------------------------
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
     """Mean and 1.96 sigma / sqrt(N), population sigma, over independent tasks: the field's usual 95 % interval."""

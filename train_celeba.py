@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, extract_archive,
-                    fetch_file, fingerprint_files, mean_ci95, non_negative_float, open_run, plot_curves, positive_float,
-                    positive_int, progress, read_log, run_main, save_atomically, save_checkpoint, setup, stop_signal,
-                    write_result)
+from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, copy_weights,
+                    extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
+                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, read_log,
+                    run_main, save_atomically, save_checkpoint, setup, stop_signal, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, adapt, mlp
 
@@ -119,9 +119,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
     if args.method == "cnp" and (args.adapt or args.inner_steps or args.inner_lr):
         raise UsageError("cnp has no inner loop: leave out --adapt, --inner-steps and --inner-lr")
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, DEFAULTS[args.method])
     if args.refine and args.method != "modgrad":
         raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
     for name in ("pixels", "outer_pixels"):
@@ -300,17 +298,7 @@ class Learner(NamedTuple):
         theta = [t for name, t in self.theta.items() if name != "context"]
         return [*theta, *(self.generator.parameters() if self.generator else ())]
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
 def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:

@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
-                    extract_archive, fetch_file, fingerprint_files, first_of_machine, from_first_rank, mean_ci95,
-                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, rank, ranks,
-                    read_log, run_main, save_checkpoint, setup, stop_signal, sum_gradients, sum_over_ranks,
-                    write_result)
+                    copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
+                    from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_curves, positive_float,
+                    positive_int, progress, rank, ranks, read_log, run_main, save_checkpoint, setup, stop_signal,
+                    subfolders, sum_gradients, sum_over_ranks, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, adapt, conv4
 
@@ -113,9 +113,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, DEFAULTS[args.method])
     args.first_order |= args.method == "fomaml"
     if args.refine and args.method != "modgrad":
         raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
@@ -617,17 +615,7 @@ class Learner(NamedTuple):
     def parameters(self) -> list[Tensor]:
         return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
 BACKBONES = {"conv4": lambda args: conv4(args.ways, args.channels, args.image_size)}

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, extract_archive,
-                    fetch_file, fingerprint_files, mean_ci95, non_negative_float, open_run, plot_curves, positive_float,
-                    positive_int, progress, read_log, run_main, save_atomically, save_checkpoint, setup, stop_signal,
-                    write_result)
+from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, copy_weights,
+                    extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
+                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, read_log,
+                    run_main, save_atomically, save_checkpoint, setup, stop_signal, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -149,9 +149,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         if args.data or args.download:
             raise UsageError("--smoke runs on the synthetic alphabets: leave out --data and --download")
         vars(args).update(SMOKE)
-    for name, value in {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]})
     multi_shot = args.protocol == "multi-shot"
     if args.smoke and multi_shot:
         args.inner_steps, args.test_steps = min(args.inner_steps, 10), 20
@@ -460,18 +458,7 @@ class Learner(NamedTuple):
     prefix: Chain                   # few-shot: images -> features, the same before and after adaptation
     suffix: Chain                   # few-shot: features -> logits, reads the adapted tensors
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        on_cpu = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        psi = on_cpu(self.generator.state_dict()) if self.generator else None
-        return {"theta": on_cpu(self.theta), "generator": psi}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
 def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:

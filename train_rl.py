@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common import (UsageError, add_run_flags, append_log, check_finite, mean_ci95, non_negative_float, open_run,
-                    plot_curves, positive_float, positive_int, progress, read_log, run_main, save_atomically,
-                    save_checkpoint, setup, stop_signal, write_result)
+from common import (UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in, load_weights, mean_ci95,
+                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, read_log,
+                    run_main, save_atomically, save_checkpoint, setup, stop_signal, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Tensors, adapt, mlp
 
@@ -106,9 +106,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method, the environment or --smoke, and refuse combinations that mean nothing."""
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, DEFAULTS[args.method])
     if args.action_scale is None:
         args.action_scale = 0.1 if args.env == "nav" else 1.0
     if (args.method == "cavia") != (args.adapt == ["context"]):
@@ -329,17 +327,7 @@ class Learner(NamedTuple):
     def parameters(self) -> list[Tensor]:
         return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
     def unadapted(self, tasks: int) -> Tensors:
         """The start of the inner step for every task: {name: (T, *shape)}."""
