@@ -510,6 +510,15 @@ def plot_curves(path: Path, title: str, series: dict[str, tuple[Sequence[float],
     plt.close(figure)
 
 
+def plot_log(run: Path, title: str, unit: str, xlabel: str, ylabel: str, keys: dict[str, str],
+             scale: float = 1) -> None:
+    """curves.png: {label: key of log.jsonl}, times `scale`, against `unit`; a key that the log lacks is left out."""
+    log = read_log(run)
+    pick = lambda key: tuple(zip(*((line[unit], scale * line[key]) for line in log if key in line)))
+    series = {label: xy for label, key in keys.items() if (xy := pick(key))}
+    plot_curves(run / "curves.png", title, series, xlabel, ylabel)
+
+
 # --- data files ------------------------------------------------------------------------------------------------------
 
 def fetch_file(urls: Sequence[str], target: str | Path, *, sha256: str | None = None, md5: str | None = None,

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, copy_weights,
                     extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
-                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, read_log,
-                    run_main, save_atomically, save_checkpoint, setup, stop_signal, write_result)
+                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
+                    save_atomically, save_checkpoint, setup, stop_signal, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, adapt, mlp
 
@@ -644,15 +644,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
             "synthetic" if synthetic else "celeba", synthetic)
 
 
-def draw_curves(run: Path, title: str) -> None:
-    """curves.png: training and validation error against iterations, from log.jsonl."""
-    log = read_log(run)
-    pick = lambda key: tuple(zip(*((line["iteration"], line[key]) for line in log if key in line)))
-    series = {"meta-training": pick("mse"), "validation": pick("val_mse")}
-    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "iterations",
-                "mean squared error")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
@@ -677,7 +668,8 @@ def main(argv: list[str] | None = None) -> None:
     errors = evaluate(learner, args, splits[args.test_split][: args.test_images], "test")
     mse, ci95 = mean_ci95(errors)
     label = f"{'SYNTHETIC ' if synthetic else ''}{args.order} {args.pixels} pixels, {args.method}"
-    draw_curves(run, f"{label}: {mse:.4f} on {args.test_split}")
+    plot_log(run, f"{label}: {mse:.4f} on {args.test_split}", "iteration", "iterations", "mean squared error",
+             {"meta-training": "mse", "validation": "val_mse"})
     images = now["iteration"] * args.meta_batch
     write_result(run, device, {
         "metric": "mse", "value": mse, "ci95": ci95, "tasks": len(errors), "split": args.test_split, "dataset": dataset,

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
-                    from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_curves, positive_float,
-                    positive_int, progress, rank, ranks, read_log, run_main, save_checkpoint, setup, stop_signal,
-                    subfolders, sum_gradients, sum_over_ranks, write_result)
+                    from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
+                    positive_int, progress, rank, ranks, run_main, save_checkpoint, setup, stop_signal, subfolders,
+                    sum_gradients, sum_over_ranks, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, adapt, conv4
 
@@ -817,15 +817,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
             "synthetic" if first.synthetic else "mini-imagenet", first.synthetic)
 
 
-def draw_curves(run: Path, title: str) -> None:
-    """curves.png: training and validation accuracy against episodes, from log.jsonl."""
-    log = read_log(run)
-    pick = lambda key: tuple(zip(*((line["episode"], 100 * line[key]) for line in log if key in line)))
-    series = {"meta-training, query": pick("accuracy"), "validation": pick("val_accuracy")}
-    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "training episodes",
-                "accuracy, %")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
@@ -851,7 +842,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     accuracy, ci95 = mean_ci95(accuracies)
     label = f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot {args.method}"
-    draw_curves(run, f"{label}: {accuracy:.1%} on {args.test_split}")
+    plot_log(run, f"{label}: {accuracy:.1%} on {args.test_split}", "episode", "training episodes", "accuracy, %",
+             {"meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
     write_result(run, device, {
         "metric": "accuracy", "value": accuracy, "ci95": ci95, "tasks": len(accuracies), "split": args.test_split,
         "dataset": dataset, "synthetic": synthetic, "batch_norm": args.batch_norm, "config": vars(args),

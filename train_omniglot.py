@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, copy_weights,
                     extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
-                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, read_log,
-                    run_main, save_atomically, save_checkpoint, setup, stop_signal, write_result)
+                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
+                    save_atomically, save_checkpoint, setup, stop_signal, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -991,11 +991,8 @@ def draw_curves(run: Path, title: str, method: str, curves: dict) -> None:
     """curves.png: multi-shot, the run's part of Fig. 5; few-shot, accuracy against meta-steps, from log.jsonl."""
     if curves:
         return plot_bands(run / "curves.png", {method: [curves]}, title)
-    log = read_log(run)
-    pick = lambda key: tuple(zip(*((line["meta_step"], 100 * line[key]) for line in log if key in line)))
-    series = {"meta-training, query": pick("accuracy"), "validation": pick("val_accuracy")}
-    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "meta-steps",
-                "accuracy, %")
+    plot_log(run, title, "meta_step", "meta-steps", "accuracy, %",
+             {"meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
 
 
 def main(argv: list[str] | None = None) -> None:

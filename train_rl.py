@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import (UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in, load_weights, mean_ci95,
-                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, read_log,
-                    run_main, save_atomically, save_checkpoint, setup, stop_signal, write_result)
+                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
+                    save_atomically, save_checkpoint, setup, stop_signal, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Tensors, adapt, mlp
 
@@ -702,15 +702,6 @@ def gymnasium_rollout(envs: int, horizon: int) -> Callable[[], None]:
 
 # --- main ------------------------------------------------------------------------------------------------------------
 
-def draw_curves(run: Path, title: str) -> None:
-    """curves.png: return before and after one update against the outer iteration, from log.jsonl."""
-    log = read_log(run)
-    iterations = [line["iteration"] for line in log]
-    series = {label: (iterations, [line[key] for line in log])
-              for label, key in (("before the update", "before"), ("after one update", "after"))}
-    plot_curves(run / "curves.png", title, series if log else {}, "outer iterations", "return")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
@@ -733,7 +724,8 @@ def main(argv: list[str] | None = None) -> None:
     returns = [mean_ci95(stage.returns().tolist()) for stage in stages]
     value, ci95 = returns[1]
     label = f"{args.env} {args.method}, {now['iteration']} iterations"
-    draw_curves(run, f"{label}: {value:.1f} after one update")
+    plot_log(run, f"{label}: {value:.1f} after one update", "iteration", "outer iterations", "return",
+             {"before the update": "before", "after one update": "after"})
     if args.env == "nav":
         draw_trajectories(run / "trajectories.png", tasks, stages, label)
     if args.render:
