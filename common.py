@@ -519,7 +519,7 @@ def plot_log(run: Path, title: str, unit: str, xlabel: str, ylabel: str, keys: d
     plot_curves(run / "curves.png", title, series, xlabel, ylabel)
 
 
-# --- data files ------------------------------------------------------------------------------------------------------
+# --- data ------------------------------------------------------------------------------------------------------------
 
 def fetch_file(urls: Sequence[str], target: str | Path, *, sha256: str | None = None, md5: str | None = None,
                size: int | None = None, manual: str) -> Path:
@@ -632,6 +632,14 @@ def _check_member(archive: Path, name: str, plain: bool) -> None:
         raise DataError(f"{archive} holds the unsafe member {name!r}; it was not unpacked")
 
 
+def subfolders(home: Path) -> list[Path]:
+    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
+    if not home.is_dir():
+        return []
+    with os.scandir(home) as entries:
+        return sorted(Path(entry) for entry in entries if not entry.name.startswith((".", "__")) and entry.is_dir())
+
+
 def fingerprint_files(paths: Sequence[Path]) -> str:
     """A text that changes with the names, sizes and times of the files."""
     lines = []
@@ -658,3 +666,8 @@ def cached_array(folder: str | Path, stem: str, fingerprint: str, build: Callabl
         array.flags.writeable = False
         return array
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def random_order(shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
+    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
+    return torch.rand(shape, generator=rng, dtype=torch.float64).argsort(-1)

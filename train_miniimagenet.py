@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
                     from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
-                    positive_int, progress, rank, ranks, run_main, save_checkpoint, setup, stop_signal, subfolders,
-                    sum_gradients, sum_over_ranks, write_result)
+                    positive_int, progress, random_order, rank, ranks, run_main, save_checkpoint, setup, stop_signal,
+                    subfolders, sum_gradients, sum_over_ranks, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, adapt, conv4
 
@@ -166,7 +166,7 @@ def find_data(root):
             raise DataError(f"{root} holds several data sets ({places}); point --data at one of them")
         if found:
             return found[0]
-        level = [path for home in level for path in _subfolders(home)]
+        level = [path for home in level for path in subfolders(home)]
     return None
 
 
@@ -209,20 +209,11 @@ def _check_request(split, image_size):
         raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")
 
 
-def _subfolders(home):
-    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
-    if not home.is_dir():
-        return []
-    with os.scandir(home) as entries:
-        return sorted(Path(entry) for entry in entries
-                      if not entry.name.startswith((".", "__")) and entry.is_dir())
-
-
 def _sniff(home):
     """The layout that folder `home` holds, complete or not, so that a missing part can be named later."""
     if (home / "images").is_dir() and any((home / f"{split}.csv").is_file() for split in SPLITS):
         return "csv"
-    if any(_subfolders(home / split) for split in SPLITS):
+    if any(subfolders(home / split) for split in SPLITS):
         return "folders"
     return "pickles" if _pickle_files(home) else None
 
@@ -283,7 +274,7 @@ def _csv_rows(path):
 def _index_folders(home):
     index = {}
     for split in SPLITS:
-        index[split] = {folder.name: sorted(folder.glob("[!.]*")) for folder in _subfolders(home / split)}
+        index[split] = {folder.name: sorted(folder.glob("[!.]*")) for folder in subfolders(home / split)}
         for path in (path for files in index[split].values() for path in files):
             if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
                 raise DataError(f"{path} is not a .jpg or .png image; class folders may hold images only")
@@ -570,8 +561,8 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
     if shots + queries > per_class:
         raise UsageError(f"shots + queries is {shots} + {queries} = {shots + queries}, but a class has only "
                          f"{per_class} images")
-    chosen = _random_order((tasks, classes), generator)[:, :ways]                           # (T, ways)
-    members = _random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]    # (T, ways, n)
+    chosen = random_order((tasks, classes), generator)[:, :ways]                            # (T, ways)
+    members = random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]     # (T, ways, n)
     rows = (chosen[:, :, None] * per_class + members).transpose(1, 2).reshape(tasks, -1)[share]     # (T, N)
     if data.is_cuda:
         rows = rows.pin_memory().to(data.device, non_blocking=True)
@@ -579,11 +570,6 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
     y = torch.arange(ways, device=data.device).repeat(len(rows), shots + queries)           # (T, N)
     cut = ways * shots
     return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
-
-
-def _random_order(shape, generator):
-    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
-    return torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
 
 
 def normalise(x, dtype=torch.float32):

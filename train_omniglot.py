@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, copy_weights,
                     extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
-                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
-                    save_atomically, save_checkpoint, setup, stop_signal, write_result)
+                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
+                    run_main, save_atomically, save_checkpoint, setup, stop_signal, subfolders, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -214,7 +214,7 @@ def load_drawings(root: str | Path) -> Drawings:
 
 
 def has_data(root: Path) -> bool:
-    return root.is_dir() and any(path.name != "cache" for path in _folders(root))
+    return any(path.name != "cache" for path in subfolders(root))
 
 
 def read_index(root: Path) -> dict[tuple[str, str], list[Path]]:
@@ -229,15 +229,10 @@ def read_index(root: Path) -> dict[tuple[str, str], list[Path]]:
     index = {}
     for folder in halves or [root]:
         part = {(alphabet.name, character.name): sorted(character.glob("*.png"))
-                for alphabet in _folders(folder) if alphabet.name != "cache" for character in _folders(alphabet)}
+                for alphabet in subfolders(folder) if alphabet.name != "cache" for character in subfolders(alphabet)}
         _check_index(folder, part)
         index |= part
     return dict(sorted(index.items()))
-
-
-def _folders(home: Path) -> list[Path]:
-    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
-    return sorted(path for path in home.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _check_index(folder: Path, part: dict) -> None:
@@ -357,8 +352,8 @@ def sample_episodes(classes: Tensor, tasks: int, args: argparse.Namespace, rng: 
     if args.ways > len(classes) or each > DRAWINGS:
         raise UsageError(f"{args.ways} ways and {args.shots} shots + {args.queries} queries are asked for, but there "
                          f"are {len(classes)} classes of {DRAWINGS} drawings")
-    chosen = _random_order((tasks, len(classes)), rng)[:, :args.ways]                        # (T, ways)
-    members = _random_order((tasks, args.ways, DRAWINGS), rng)[:, :, :each]                  # (T, ways, each)
+    chosen = random_order((tasks, len(classes)), rng)[:, :args.ways]                         # (T, ways)
+    members = random_order((tasks, args.ways, DRAWINGS), rng)[:, :, :each]                   # (T, ways, each)
     rows = (chosen[:, :, None] * DRAWINGS + members).transpose(1, 2).reshape(tasks, -1)      # (T, N)
     x = classes.flatten(0, 1)[_send(rows, classes.device)].unsqueeze(2).to(activation_type(args))   # (T, N, 1, S, S)
     y = torch.arange(args.ways, device=classes.device).repeat(tasks, each)                   # (T, N)
@@ -391,7 +386,7 @@ def draw_batches(images: Tensor, alphabets: Tensor, steps: int, batch: int, rng:
         pool, sizes = imbalanced_pool(tasks, each, rng)
     else:
         pool, sizes = torch.arange(per_alphabet).expand(tasks, -1), torch.tensor(per_alphabet)
-    order = _random_order((tasks, steps * batch), rng) % sizes                               # (T, K B)
+    order = random_order((tasks, steps * batch), rng) % sizes                                # (T, K B)
     within = pool.gather(1, order).unflatten(1, (steps, batch)).transpose(0, 1)              # (K, T, B)
     rows, moves = alphabets[:, None] * per_alphabet + within, draw_moves(within.shape, rng)
     return Batches(images.flatten(0, 1), *(_send(t, images.device) for t in (rows, within // each, moves)), dtype)
@@ -403,7 +398,7 @@ def imbalanced_pool(tasks: int, each: int, rng: torch.Generator, most: int = 25)
     Returns (T, 20 * 25) and sizes (T, 1): the first `size` entries of a row count.
     """
     wanted = torch.randint(1, most + 1, (tasks, CHARACTERS, 1), generator=rng)
-    order = _random_order((tasks, CHARACTERS, each), rng).repeat(1, 1, math.ceil(most / each))[..., :most]
+    order = random_order((tasks, CHARACTERS, each), rng).repeat(1, 1, math.ceil(most / each))[..., :most]
     rows = order + each * torch.arange(CHARACTERS)[:, None]                                  # (T, 20, 25)
     unused = torch.arange(most) >= wanted
     first = unused.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
@@ -433,11 +428,6 @@ def move(images: Tensor, moves: Tensor) -> Tensor:
     flat = images.flatten(0, 1)
     grid = F.affine_grid(moves.flatten(0, 1), flat.shape, align_corners=False)
     return F.grid_sample(flat, grid, mode="nearest", align_corners=False).unflatten(0, images.shape[:2])
-
-
-def _random_order(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
-    return torch.rand(shape, generator=rng, dtype=torch.float64).argsort(-1)
 
 
 def activation_type(args: argparse.Namespace) -> torch.dtype:
