@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import shutil
-import time
 import urllib.request
 import warnings
 from collections.abc import Callable
@@ -31,11 +30,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
+from common import (DataError, DownloadError, Training, UsageError, add_run_flags, append_log, cached_array,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
                     from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
-                    positive_int, progress, random_order, rank, ranks, run_main, save_checkpoint, setup, stop_signal,
-                    subfolders, sum_gradients, sum_over_ranks, write_result)
+                    positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
+                    sum_over_ranks, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, adapt, conv4
 
@@ -691,61 +690,27 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     predict = make_predict(learner, args)
     now = {"episode": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_episode": 0, "best": None, "pending": [],
            "stopped": None}
-    if checkpoint:
-        learner.load(checkpoint["weights"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        episode_rng.set_state(checkpoint["episode_rng"])
-        noise_rng.set_state(checkpoint["noise_rng"])
-        now = checkpoint["now"]
-
-    def save() -> None:
-        now["pending"] = read_losses(now, args, run)
-        save_checkpoint(run, {"weights": learner.state(), "optimiser": optimiser.state_dict(), "now": now,
-                              "episode_rng": episode_rng.get_state(), "noise_rng": noise_rng.get_state()})
-
-    started = time.monotonic() - now["seconds"]
-    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
-            progress(args.episodes, now["episode"], "episodes") as bar:
-        while not stop.requested() and now["episode"] < args.episodes:
+    kept = {"optimiser": optimiser, "episode_rng": episode_rng, "noise_rng": noise_rng}
+    with Training(learner, args, run, checkpoint, "episode", now, kept, per_update=args.meta_batch) as training:
+        while tasks := training.goes_on():
             for group in optimiser.param_groups:
                 group["lr"] = args.meta_lr * 0.5 ** (now["episode"] // args.meta_lr_halve_every)
-            tasks = min(args.meta_batch, args.episodes - now["episode"])
             batch = sample_episodes(splits["train"], tasks, args.ways, args.shots, args.queries, episode_rng,
                                     slice(rank(), None, ranks()))
             if ranks() > 1:      # noise differs between ranks, so from one process's; a resumed run draws it again
                 noise_rng.manual_seed(hash((args.seed, now["episode"], rank())))
-            now["pending"].append(meta_step(learner, optimiser, args, batch, noise_rng, tasks, predict))
-            before, now["episode"] = now["episode"], now["episode"] + tasks
-            now["seconds"] = time.monotonic() - started
-            bar.update(tasks)
-            due = lambda every: now["episode"] // every > before // every or now["episode"] == args.episodes
-            if due(args.log_every):
-                log_training(now, args, run, bar)
-            if due(args.val_every):
+            training.advance(meta_step(learner, optimiser, args, batch, noise_rng, tasks, predict))
+            if training.due(args.log_every):
+                loss, accuracy = training.log("loss", "accuracy")
+                best = max(now["best_accuracy"], 0)
+                training.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{best:.1%}")
+            if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], now)
-            if due(args.checkpoint_every) or due(args.val_every):
-                save()
-        now["stopped"] = stop.reason
+            if training.due(args.checkpoint_every, args.val_every):
+                training.save()
         if now["stopped"] == "time" and now["best"] is None:
             validate(learner, args, run, splits["val"], now)
-        save()
     return now
-
-
-def read_losses(now: dict, args: argparse.Namespace, run: Path) -> list[list[float]]:
-    """(loss, accuracy) of the updates since the last log line; raises UsageError if a loss is not finite."""
-    pending = [p if isinstance(p, list) else p.tolist() for p in now["pending"]]
-    for k, (loss, _) in enumerate(reversed(pending)):
-        check_finite(loss, "meta-loss", f"episode {now['episode'] - k * args.meta_batch}", run)
-    return pending
-
-
-def log_training(now: dict, args: argparse.Namespace, run: Path, bar) -> None:
-    """One line of log.jsonl: the means over the updates since the last one."""
-    loss, accuracy = (sum(column) / len(column) for column in zip(*read_losses(now, args, run)))
-    append_log(run, {"episode": now["episode"], "loss": loss, "accuracy": accuracy})
-    bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{max(now['best_accuracy'], 0):.1%}")
-    now["pending"] = []
 
 
 def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, now: dict) -> None:
@@ -819,8 +784,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.method} {args.backbone} {args.ways}-way {args.shots}-shot on {device} ({backend} kernel), "
           f"{args.batch_norm} batch norm -> {run}", flush=True)
     now = meta_train(learner, args, run, checkpoint, splits, device)
-    if now["stopped"] == "signal":
-        raise KeyboardInterrupt
     if now["best"] is not None:
         learner.load(now["best"])
     accuracies = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")

@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, copy_weights,
+from common import (DataError, Training, UsageError, add_run_flags, append_log, cached_array, copy_weights,
                     extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
                     non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
-                    run_main, save_atomically, save_checkpoint, setup, stop_signal, subfolders, write_result)
+                    run_main, save_atomically, setup, subfolders, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -723,56 +723,23 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     rng = torch.Generator().manual_seed(args.seed)
     now = {"meta_step": 0, "seconds": 0.0, "best_accuracy": None, "best_meta_step": None, "best": None, "pending": [],
            "stopped": None}
-    if checkpoint:
-        learner.load(checkpoint["weights"])
-        for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
-            optimiser.load_state_dict(state)
-        rng.set_state(checkpoint["rng"])
-        now = checkpoint["now"]
-
-    def save() -> None:
-        now["pending"] = read_losses(now, run)
-        save_checkpoint(run, {"weights": learner.state(), "optimisers": [o.state_dict() for o in optimisers],
-                              "now": now, "rng": rng.get_state()})
-
-    started = time.monotonic() - now["seconds"]
-    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
-            progress(args.meta_steps, now["meta_step"], "meta-steps") as bar:
-        while now["meta_step"] < args.meta_steps and not stop.requested():
+    with Training(learner, args, run, checkpoint, "meta_step", now, {"optimisers": optimisers, "rng": rng},
+                  last_is_due=False, loss_name="loss") as training:
+        while training.goes_on():
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
-            now["pending"].append(META_STEPS[args.protocol](learner, args, splits["train"], rng))
+            losses = META_STEPS[args.protocol](learner, args, splits["train"], rng)
             for optimiser in optimisers:
                 optimiser.step()
-            now["meta_step"] += 1
-            now["seconds"] = time.monotonic() - started
-            bar.update(1)
-            due = lambda every: now["meta_step"] % every == 0
-            if due(args.log_every):
-                log_training(now, args, run, bar)
-            if due(args.val_every):
+            training.advance(losses)
+            if training.due(args.log_every):
+                loss, _ = training.log(*LOGGED[args.protocol])
+                training.bar.set_postfix(loss=f"{loss:.3f}", val=f"{now['best_accuracy'] or 0:.1%}")
+            if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], now)
-            if due(args.checkpoint_every) or due(args.val_every):
-                save()
-        now["stopped"] = stop.reason
-        save()
+            if training.due(args.checkpoint_every, args.val_every):
+                training.save()
     return now
-
-
-def read_losses(now: dict, run: Path) -> list[list[float]]:
-    """What the meta-steps since the last log line returned; raises UsageError if a loss is not finite."""
-    pending = [p if isinstance(p, list) else p.tolist() for p in now["pending"]]
-    for k, (loss, _) in enumerate(reversed(pending)):
-        check_finite(loss, "loss", f"meta-step {now['meta_step'] - k}", run)
-    return pending
-
-
-def log_training(now: dict, args: argparse.Namespace, run: Path, bar) -> None:
-    """One line of log.jsonl: the means over the meta-steps since the last one."""
-    means = [sum(column) / len(column) for column in zip(*read_losses(now, run))]
-    append_log(run, {"meta_step": now["meta_step"], **dict(zip(LOGGED[args.protocol], means))})
-    bar.set_postfix(loss=f"{means[0]:.3f}", val=f"{now['best_accuracy'] or 0:.1%}")
-    now["pending"] = []
 
 
 def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: dict) -> None:
@@ -1001,8 +968,6 @@ def main(argv: list[str] | None = None) -> None:
     run, checkpoint = open_run(args.out, vars(args) | {"dataset": dataset}, args.resume)
     print(f"{args.method}, {args.protocol}, on {device} ({backend} kernel) -> {run}", flush=True)
     now = meta_train(learner, args, run, checkpoint, splits)
-    if now["stopped"] == "signal":
-        raise KeyboardInterrupt
     if now["best"] is not None:
         learner.load(now["best"])
     accuracies, curves = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")
