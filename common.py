@@ -1,7 +1,8 @@
-"""What the training scripts share word for word: flags of a run, its folder, checkpoints, statistics, figures, downloads.
+"""What the training scripts share: flags of a run, its folder, checkpoints, frame of training, statistics, downloads.
 
-Functions only; nothing here knows a method or a data set. A run folder holds config.json, log.jsonl (deterministic numbers
-only, so that a resumed log equals an uninterrupted one), checkpoint.pt, result.json and figures.
+Nothing here knows a data set, nor more of a method than that a learner has theta and maybe psi. A run folder holds
+config.json, log.jsonl (deterministic numbers only, so that a resumed log equals an uninterrupted one), checkpoint.pt,
+result.json and figures.
 """
 
 from __future__ import annotations
@@ -104,6 +105,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                      help="convolutions: fp32; tf32 (CUDA, 10-bit mantissa); bf16 activations of convolutional networks "
                           "(fast on CUDA and on CPUs with AVX512-BF16 or AMX). Weights and updates stay float32")
+
+
+def fill_in(args: argparse.Namespace, defaults: dict) -> None:
+    """Give the flags that were left out the defaults of the chosen method."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def setup(args: argparse.Namespace) -> torch.device:
@@ -408,6 +416,124 @@ def check_finite(value: float, what: str, where: str, run: Path) -> None:
         raise UsageError(f"non-finite {what} ({value}) at {where}; {left}. A smaller learning rate usually helps")
 
 
+# --- meta-training ---------------------------------------------------------------------------------------------------
+# A learner has theta {name: tensor} and `generator`, the module of psi or None.
+
+def copy_weights(learner) -> dict:
+    """A copy of all weights, on the CPU."""
+    copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+    psi = copy(learner.generator.state_dict()) if learner.generator else None
+    return {"theta": copy(learner.theta), "generator": psi}
+
+
+@torch.no_grad()
+def load_weights(learner, weights: dict) -> None:
+    """Put what `copy_weights` returned into the learner's own tensors."""
+    for name, t in learner.theta.items():
+        t.copy_(weights["theta"][name])
+    if learner.generator:
+        learner.generator.load_state_dict(weights["generator"])
+
+
+class Training:
+    """What surrounds a loop of meta-training: it resumes, counts, logs, saves, and ends at a signal or a time limit.
+
+        with Training(learner, args, run, checkpoint, "iteration", now, kept={"optimiser": optimiser}) as training:
+            while training.goes_on():
+                training.advance(meta_step(...))
+                if training.due(args.checkpoint_every):
+                    training.save()
+
+    `unit`: what is counted; the flag of this name with an s says how many. `now`: the record that checkpoint.pt keeps,
+    {unit: 0, "seconds": 0.0, "stopped": None, ...}, with "pending": [] where updates return losses. `kept`: optimisers,
+    or lists of them, and random generators, by their names in checkpoint.pt. These and the weights continue from
+    `checkpoint` if it is not None. The end of the block saves; then, if a signal had stopped the loop, it raises
+    KeyboardInterrupt. `per_update`: units of one update. `last_is_due`: everything is due after the last update.
+    """
+
+    def __init__(self, learner, args: argparse.Namespace, run: Path, checkpoint: dict | None, unit: str, now: dict,
+                 kept: dict, per_update: int = 1, last_is_due: bool = True, loss_name: str = "meta-loss"):
+        self.learner, self.run, self.unit, self.now, self.kept = learner, run, unit, now, kept
+        self.total, self.max_minutes, self.name = getattr(args, unit + "s"), args.max_minutes, unit.replace("_", "-")
+        self.per_update, self.last_is_due, self.loss_name = per_update, last_is_due, loss_name
+        if checkpoint:
+            load_weights(learner, checkpoint["weights"])
+            for name, part in kept.items():
+                _set_state(part, checkpoint[name])
+            now.update(checkpoint["now"])
+        self.started = time.monotonic() - now["seconds"]
+
+    def __enter__(self) -> Training:
+        self.open = contextlib.ExitStack()
+        self.stop = self.open.enter_context(stop_signal(self.max_minutes, self.now["seconds"]))
+        self.bar = self.open.enter_context(progress(self.total, self.now[self.unit], self.name + "s"))
+        return self
+
+    def __exit__(self, error, *details) -> None:
+        with self.open:
+            if error is None:
+                self.save()
+        if error is None and self.now["stopped"] == "signal":
+            raise KeyboardInterrupt
+
+    def goes_on(self) -> int:
+        """Units of the next update, the last one may have fewer; 0 after it and after a request to stop."""
+        left = 0 if self.stop.requested() else max(self.total - self.now[self.unit], 0)     # ranks ask together
+        if not left:
+            self.now["stopped"] = self.stop.reason
+        return min(self.per_update, left)
+
+    def advance(self, losses: torch.Tensor | None = None) -> None:
+        """Count an update. losses: (2,), its loss and another number, left on the device until they are logged."""
+        if losses is not None:
+            self.now["pending"].append(losses)
+        self.before = self.now[self.unit]
+        self.now[self.unit] = min(self.before + self.per_update, self.total)
+        self.now["seconds"] = time.monotonic() - self.started
+        self.bar.update(self.now[self.unit] - self.before)
+
+    def due(self, *every: int) -> bool:
+        """Whether the update reached a multiple of any of these numbers of units."""
+        done = self.now[self.unit]
+        return any(done // n > self.before // n for n in every) or self.last_is_due and done == self.total
+
+    def log(self, *names: str) -> list[float]:
+        """One line of log.jsonl: means of the losses since the last one, which are returned. Raises UsageError."""
+        means = [sum(column) / len(column) for column in zip(*self._losses())]
+        append_log(self.run, {self.unit: self.now[self.unit], **dict(zip(names, means))})
+        self.now["pending"] = []
+        return means
+
+    def save(self) -> None:
+        """Write checkpoint.pt; raises UsageError, and leaves the last one, if a loss since then is not finite."""
+        if "pending" in self.now:
+            self.now["pending"] = self._losses()
+        save_checkpoint(self.run, {"weights": copy_weights(self.learner), "now": self.now,
+                                   **{name: _get_state(part) for name, part in self.kept.items()}})
+
+    def _losses(self) -> list[list[float]]:
+        pending = [p if isinstance(p, list) else p.tolist() for p in self.now["pending"]]
+        for k, (loss, _) in enumerate(reversed(pending)):
+            check_finite(loss, self.loss_name, f"{self.name} {self.now[self.unit] - k * self.per_update}", self.run)
+        return pending
+
+
+def _get_state(part):
+    if isinstance(part, list):
+        return [_get_state(one) for one in part]
+    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _set_state(part, state) -> None:
+    if isinstance(part, list):
+        for one, its_state in zip(part, state):
+            _set_state(one, its_state)
+    else:
+        part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+
+
+# --- statistics, machine, figures ------------------------------------------------------------------------------------
+
 def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
     """Mean and 1.96 sigma / sqrt(N), population sigma, over independent tasks: the field's usual 95 % interval."""
     values = np.asarray(values, dtype=np.float64)
@@ -482,7 +608,16 @@ def plot_curves(path: Path, title: str, series: dict[str, tuple[Sequence[float],
     plt.close(figure)
 
 
-# --- data files ------------------------------------------------------------------------------------------------------
+def plot_log(run: Path, title: str, unit: str, xlabel: str, ylabel: str, keys: dict[str, str],
+             scale: float = 1) -> None:
+    """curves.png: {label: key of log.jsonl}, times `scale`, against `unit`; a key that the log lacks is left out."""
+    log = read_log(run)
+    pick = lambda key: tuple(zip(*((line[unit], scale * line[key]) for line in log if key in line)))
+    series = {label: xy for label, key in keys.items() if (xy := pick(key))}
+    plot_curves(run / "curves.png", title, series, xlabel, ylabel)
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
 
 def fetch_file(urls: Sequence[str], target: str | Path, *, sha256: str | None = None, md5: str | None = None,
                size: int | None = None, manual: str) -> Path:
@@ -595,6 +730,14 @@ def _check_member(archive: Path, name: str, plain: bool) -> None:
         raise DataError(f"{archive} holds the unsafe member {name!r}; it was not unpacked")
 
 
+def subfolders(home: Path) -> list[Path]:
+    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
+    if not home.is_dir():
+        return []
+    with os.scandir(home) as entries:
+        return sorted(Path(entry) for entry in entries if not entry.name.startswith((".", "__")) and entry.is_dir())
+
+
 def fingerprint_files(paths: Sequence[Path]) -> str:
     """A text that changes with the names, sizes and times of the files."""
     lines = []
@@ -621,3 +764,8 @@ def cached_array(folder: str | Path, stem: str, fingerprint: str, build: Callabl
         array.flags.writeable = False
         return array
     return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def random_order(shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
+    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
+    return torch.rand(shape, generator=rng, dtype=torch.float64).argsort(-1)

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, extract_archive,
-                    fetch_file, fingerprint_files, mean_ci95, non_negative_float, open_run, plot_curves, positive_float,
-                    positive_int, progress, read_log, run_main, save_atomically, save_checkpoint, setup, stop_signal,
-                    write_result)
+from common import (DataError, Training, UsageError, add_run_flags, append_log, cached_array, check_finite,
+                    copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
+                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
+                    save_atomically, setup, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, adapt, mlp
 
@@ -119,9 +119,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
     if args.method == "cnp" and (args.adapt or args.inner_steps or args.inner_lr):
         raise UsageError("cnp has no inner loop: leave out --adapt, --inner-steps and --inner-lr")
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, DEFAULTS[args.method])
     if args.refine and args.method != "modgrad":
         raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
     for name in ("pixels", "outer_pixels"):
@@ -300,17 +298,7 @@ class Learner(NamedTuple):
         theta = [t for name, t in self.theta.items() if name != "context"]
         return [*theta, *(self.generator.parameters() if self.generator else ())]
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
 def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:
@@ -425,62 +413,28 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
            "stopped": None}
-    if checkpoint:
-        learner.load(checkpoint["weights"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        task_rng.set_state(checkpoint["task_rng"])
-        noise_rng.set_state(checkpoint["noise_rng"])
-        now = checkpoint["now"]
-
-    def save() -> None:
-        now["pending"] = read_losses(now, run)
-        save_checkpoint(run, {"weights": learner.state(), "optimiser": optimiser.state_dict(), "now": now,
-                              "task_rng": task_rng.get_state(), "noise_rng": noise_rng.get_state()})
-
-    started = time.monotonic() - now["seconds"]
-    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
-            progress(args.iterations, now["iteration"], "iterations") as bar:
-        while now["iteration"] < args.iterations and not stop.requested():
+    kept = {"optimiser": optimiser, "task_rng": task_rng, "noise_rng": noise_rng}
+    with Training(learner, args, run, checkpoint, "iteration", now, kept) as training:
+        while training.goes_on():
             for group in optimiser.param_groups:
                 group["lr"] = meta_lr(args, now["iteration"])
             batch = sample_tasks(splits["train"], args, task_rng)
-            now["pending"].append(meta_step(learner, optimiser, args, batch, noise_rng))
-            now["iteration"] += 1
-            now["seconds"] = time.monotonic() - started
-            bar.update(1)
-            due = lambda every: now["iteration"] % every == 0 or now["iteration"] == args.iterations
-            if due(args.log_every):
-                log_training(now, run, bar)
-            if due(args.val_every):
+            training.advance(meta_step(learner, optimiser, args, batch, noise_rng))
+            if training.due(args.log_every):
+                _, mse = training.log("loss", "mse")
+                training.bar.set_postfix(mse=f"{mse:.4f}", val=f"{now['best_mse']:.4f}")
+            if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], now)
-            if due(args.checkpoint_every) or due(args.val_every):
-                save()
-        now["stopped"] = stop.reason
+            if training.due(args.checkpoint_every, args.val_every):
+                training.save()
         if now["stopped"] == "time" and now["best"] is None:
             validate(learner, args, run, splits["val"], now)
-        save()
     return now
 
 
 def meta_lr(args: argparse.Namespace, iteration: int) -> float:
     share = 1.0 if args.meta_lr_schedule == "constant" else (1 + math.cos(math.pi * iteration / args.iterations)) / 2
     return args.meta_lr * share
-
-
-def read_losses(now: dict, run: Path) -> list[list[float]]:
-    """(loss, squared error) of the updates since the last log line; raises UsageError if a loss is not finite."""
-    pending = [p if isinstance(p, list) else p.tolist() for p in now["pending"]]
-    for k, (loss, _) in enumerate(reversed(pending)):
-        check_finite(loss, "meta-loss", f"iteration {now['iteration'] - k}", run)
-    return pending
-
-
-def log_training(now: dict, run: Path, bar) -> None:
-    """One line of log.jsonl: the means over the updates since the last one."""
-    loss, mse = (sum(column) / len(column) for column in zip(*read_losses(now, run)))
-    append_log(run, {"iteration": now["iteration"], "loss": loss, "mse": mse})
-    bar.set_postfix(mse=f"{mse:.4f}", val=f"{now['best_mse']:.4f}")
-    now["pending"] = []
 
 
 def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, now: dict) -> None:
@@ -656,15 +610,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
             "synthetic" if synthetic else "celeba", synthetic)
 
 
-def draw_curves(run: Path, title: str) -> None:
-    """curves.png: training and validation error against iterations, from log.jsonl."""
-    log = read_log(run)
-    pick = lambda key: tuple(zip(*((line["iteration"], line[key]) for line in log if key in line)))
-    series = {"meta-training": pick("mse"), "validation": pick("val_mse")}
-    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "iterations",
-                "mean squared error")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
@@ -682,14 +627,13 @@ def main(argv: list[str] | None = None) -> None:
     run, checkpoint = open_run(args.out, vars(args) | {"dataset": dataset}, args.resume)
     print(f"{args.method}, {args.pixels} pixels, {args.order}, on {device} ({backend} kernel) -> {run}", flush=True)
     now = meta_train(learner, args, run, checkpoint, splits, device)
-    if now["stopped"] == "signal":
-        raise KeyboardInterrupt
     if now["best"] is not None:
         learner.load(now["best"])
     errors = evaluate(learner, args, splits[args.test_split][: args.test_images], "test")
     mse, ci95 = mean_ci95(errors)
     label = f"{'SYNTHETIC ' if synthetic else ''}{args.order} {args.pixels} pixels, {args.method}"
-    draw_curves(run, f"{label}: {mse:.4f} on {args.test_split}")
+    plot_log(run, f"{label}: {mse:.4f} on {args.test_split}", "iteration", "iterations", "mean squared error",
+             {"meta-training": "mse", "validation": "val_mse"})
     images = now["iteration"] * args.meta_batch
     write_result(run, device, {
         "metric": "mse", "value": mse, "ci95": ci95, "tasks": len(errors), "split": args.test_split, "dataset": dataset,

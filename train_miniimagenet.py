@@ -17,7 +17,6 @@ import os
 import pickle
 import re
 import shutil
-import time
 import urllib.request
 import warnings
 from collections.abc import Callable
@@ -31,11 +30,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, DownloadError, UsageError, add_run_flags, append_log, cached_array, check_finite,
-                    extract_archive, fetch_file, fingerprint_files, first_of_machine, from_first_rank, mean_ci95,
-                    non_negative_float, open_run, plot_curves, positive_float, positive_int, progress, rank, ranks,
-                    read_log, run_main, save_checkpoint, setup, stop_signal, sum_gradients, sum_over_ranks,
-                    write_result)
+from common import (DataError, DownloadError, Training, UsageError, add_run_flags, append_log, cached_array,
+                    copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
+                    from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
+                    positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
+                    sum_over_ranks, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, adapt, conv4
 
@@ -113,9 +112,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, DEFAULTS[args.method])
     args.first_order |= args.method == "fomaml"
     if args.refine and args.method != "modgrad":
         raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
@@ -168,7 +165,7 @@ def find_data(root):
             raise DataError(f"{root} holds several data sets ({places}); point --data at one of them")
         if found:
             return found[0]
-        level = [path for home in level for path in _subfolders(home)]
+        level = [path for home in level for path in subfolders(home)]
     return None
 
 
@@ -211,20 +208,11 @@ def _check_request(split, image_size):
         raise UsageError(f"image_size is {image_size}; it must be at least 1 pixel")
 
 
-def _subfolders(home):
-    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
-    if not home.is_dir():
-        return []
-    with os.scandir(home) as entries:
-        return sorted(Path(entry) for entry in entries
-                      if not entry.name.startswith((".", "__")) and entry.is_dir())
-
-
 def _sniff(home):
     """The layout that folder `home` holds, complete or not, so that a missing part can be named later."""
     if (home / "images").is_dir() and any((home / f"{split}.csv").is_file() for split in SPLITS):
         return "csv"
-    if any(_subfolders(home / split) for split in SPLITS):
+    if any(subfolders(home / split) for split in SPLITS):
         return "folders"
     return "pickles" if _pickle_files(home) else None
 
@@ -285,7 +273,7 @@ def _csv_rows(path):
 def _index_folders(home):
     index = {}
     for split in SPLITS:
-        index[split] = {folder.name: sorted(folder.glob("[!.]*")) for folder in _subfolders(home / split)}
+        index[split] = {folder.name: sorted(folder.glob("[!.]*")) for folder in subfolders(home / split)}
         for path in (path for files in index[split].values() for path in files):
             if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
                 raise DataError(f"{path} is not a .jpg or .png image; class folders may hold images only")
@@ -572,8 +560,8 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
     if shots + queries > per_class:
         raise UsageError(f"shots + queries is {shots} + {queries} = {shots + queries}, but a class has only "
                          f"{per_class} images")
-    chosen = _random_order((tasks, classes), generator)[:, :ways]                           # (T, ways)
-    members = _random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]    # (T, ways, n)
+    chosen = random_order((tasks, classes), generator)[:, :ways]                            # (T, ways)
+    members = random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]     # (T, ways, n)
     rows = (chosen[:, :, None] * per_class + members).transpose(1, 2).reshape(tasks, -1)[share]     # (T, N)
     if data.is_cuda:
         rows = rows.pin_memory().to(data.device, non_blocking=True)
@@ -581,11 +569,6 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
     y = torch.arange(ways, device=data.device).repeat(len(rows), shots + queries)           # (T, N)
     cut = ways * shots
     return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
-
-
-def _random_order(shape, generator):
-    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
-    return torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
 
 
 def normalise(x, dtype=torch.float32):
@@ -617,17 +600,7 @@ class Learner(NamedTuple):
     def parameters(self) -> list[Tensor]:
         return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
 BACKBONES = {"conv4": lambda args: conv4(args.ways, args.channels, args.image_size)}
@@ -717,61 +690,27 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     predict = make_predict(learner, args)
     now = {"episode": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_episode": 0, "best": None, "pending": [],
            "stopped": None}
-    if checkpoint:
-        learner.load(checkpoint["weights"])
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        episode_rng.set_state(checkpoint["episode_rng"])
-        noise_rng.set_state(checkpoint["noise_rng"])
-        now = checkpoint["now"]
-
-    def save() -> None:
-        now["pending"] = read_losses(now, args, run)
-        save_checkpoint(run, {"weights": learner.state(), "optimiser": optimiser.state_dict(), "now": now,
-                              "episode_rng": episode_rng.get_state(), "noise_rng": noise_rng.get_state()})
-
-    started = time.monotonic() - now["seconds"]
-    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
-            progress(args.episodes, now["episode"], "episodes") as bar:
-        while not stop.requested() and now["episode"] < args.episodes:
+    kept = {"optimiser": optimiser, "episode_rng": episode_rng, "noise_rng": noise_rng}
+    with Training(learner, args, run, checkpoint, "episode", now, kept, per_update=args.meta_batch) as training:
+        while tasks := training.goes_on():
             for group in optimiser.param_groups:
                 group["lr"] = args.meta_lr * 0.5 ** (now["episode"] // args.meta_lr_halve_every)
-            tasks = min(args.meta_batch, args.episodes - now["episode"])
             batch = sample_episodes(splits["train"], tasks, args.ways, args.shots, args.queries, episode_rng,
                                     slice(rank(), None, ranks()))
             if ranks() > 1:      # noise differs between ranks, so from one process's; a resumed run draws it again
                 noise_rng.manual_seed(hash((args.seed, now["episode"], rank())))
-            now["pending"].append(meta_step(learner, optimiser, args, batch, noise_rng, tasks, predict))
-            before, now["episode"] = now["episode"], now["episode"] + tasks
-            now["seconds"] = time.monotonic() - started
-            bar.update(tasks)
-            due = lambda every: now["episode"] // every > before // every or now["episode"] == args.episodes
-            if due(args.log_every):
-                log_training(now, args, run, bar)
-            if due(args.val_every):
+            training.advance(meta_step(learner, optimiser, args, batch, noise_rng, tasks, predict))
+            if training.due(args.log_every):
+                loss, accuracy = training.log("loss", "accuracy")
+                best = max(now["best_accuracy"], 0)
+                training.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{best:.1%}")
+            if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], now)
-            if due(args.checkpoint_every) or due(args.val_every):
-                save()
-        now["stopped"] = stop.reason
+            if training.due(args.checkpoint_every, args.val_every):
+                training.save()
         if now["stopped"] == "time" and now["best"] is None:
             validate(learner, args, run, splits["val"], now)
-        save()
     return now
-
-
-def read_losses(now: dict, args: argparse.Namespace, run: Path) -> list[list[float]]:
-    """(loss, accuracy) of the updates since the last log line; raises UsageError if a loss is not finite."""
-    pending = [p if isinstance(p, list) else p.tolist() for p in now["pending"]]
-    for k, (loss, _) in enumerate(reversed(pending)):
-        check_finite(loss, "meta-loss", f"episode {now['episode'] - k * args.meta_batch}", run)
-    return pending
-
-
-def log_training(now: dict, args: argparse.Namespace, run: Path, bar) -> None:
-    """One line of log.jsonl: the means over the updates since the last one."""
-    loss, accuracy = (sum(column) / len(column) for column in zip(*read_losses(now, args, run)))
-    append_log(run, {"episode": now["episode"], "loss": loss, "accuracy": accuracy})
-    bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{max(now['best_accuracy'], 0):.1%}")
-    now["pending"] = []
 
 
 def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, now: dict) -> None:
@@ -829,15 +768,6 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
             "synthetic" if first.synthetic else "mini-imagenet", first.synthetic)
 
 
-def draw_curves(run: Path, title: str) -> None:
-    """curves.png: training and validation accuracy against episodes, from log.jsonl."""
-    log = read_log(run)
-    pick = lambda key: tuple(zip(*((line["episode"], 100 * line[key]) for line in log if key in line)))
-    series = {"meta-training, query": pick("accuracy"), "validation": pick("val_accuracy")}
-    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "training episodes",
-                "accuracy, %")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
@@ -854,8 +784,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.method} {args.backbone} {args.ways}-way {args.shots}-shot on {device} ({backend} kernel), "
           f"{args.batch_norm} batch norm -> {run}", flush=True)
     now = meta_train(learner, args, run, checkpoint, splits, device)
-    if now["stopped"] == "signal":
-        raise KeyboardInterrupt
     if now["best"] is not None:
         learner.load(now["best"])
     accuracies = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")
@@ -863,7 +791,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     accuracy, ci95 = mean_ci95(accuracies)
     label = f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot {args.method}"
-    draw_curves(run, f"{label}: {accuracy:.1%} on {args.test_split}")
+    plot_log(run, f"{label}: {accuracy:.1%} on {args.test_split}", "episode", "training episodes", "accuracy, %",
+             {"meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
     write_result(run, device, {
         "metric": "accuracy", "value": accuracy, "ci95": ci95, "tasks": len(accuracies), "split": args.test_split,
         "dataset": dataset, "synthetic": synthetic, "batch_norm": args.batch_norm, "config": vars(args),

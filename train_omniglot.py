@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, UsageError, add_run_flags, append_log, cached_array, check_finite, extract_archive,
-                    fetch_file, fingerprint_files, mean_ci95, non_negative_float, open_run, plot_curves, positive_float,
-                    positive_int, progress, read_log, run_main, save_atomically, save_checkpoint, setup, stop_signal,
-                    write_result)
+from common import (DataError, Training, UsageError, add_run_flags, append_log, cached_array, copy_weights,
+                    extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
+                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
+                    run_main, save_atomically, setup, subfolders, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -149,9 +149,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         if args.data or args.download:
             raise UsageError("--smoke runs on the synthetic alphabets: leave out --data and --download")
         vars(args).update(SMOKE)
-    for name, value in {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]})
     multi_shot = args.protocol == "multi-shot"
     if args.smoke and multi_shot:
         args.inner_steps, args.test_steps = min(args.inner_steps, 10), 20
@@ -216,7 +214,7 @@ def load_drawings(root: str | Path) -> Drawings:
 
 
 def has_data(root: Path) -> bool:
-    return root.is_dir() and any(path.name != "cache" for path in _folders(root))
+    return any(path.name != "cache" for path in subfolders(root))
 
 
 def read_index(root: Path) -> dict[tuple[str, str], list[Path]]:
@@ -231,15 +229,10 @@ def read_index(root: Path) -> dict[tuple[str, str], list[Path]]:
     index = {}
     for folder in halves or [root]:
         part = {(alphabet.name, character.name): sorted(character.glob("*.png"))
-                for alphabet in _folders(folder) if alphabet.name != "cache" for character in _folders(alphabet)}
+                for alphabet in subfolders(folder) if alphabet.name != "cache" for character in subfolders(alphabet)}
         _check_index(folder, part)
         index |= part
     return dict(sorted(index.items()))
-
-
-def _folders(home: Path) -> list[Path]:
-    """Sorted folders in `home`; hidden ones and the __MACOSX of zip files hold no data."""
-    return sorted(path for path in home.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _check_index(folder: Path, part: dict) -> None:
@@ -359,8 +352,8 @@ def sample_episodes(classes: Tensor, tasks: int, args: argparse.Namespace, rng: 
     if args.ways > len(classes) or each > DRAWINGS:
         raise UsageError(f"{args.ways} ways and {args.shots} shots + {args.queries} queries are asked for, but there "
                          f"are {len(classes)} classes of {DRAWINGS} drawings")
-    chosen = _random_order((tasks, len(classes)), rng)[:, :args.ways]                        # (T, ways)
-    members = _random_order((tasks, args.ways, DRAWINGS), rng)[:, :, :each]                  # (T, ways, each)
+    chosen = random_order((tasks, len(classes)), rng)[:, :args.ways]                         # (T, ways)
+    members = random_order((tasks, args.ways, DRAWINGS), rng)[:, :, :each]                   # (T, ways, each)
     rows = (chosen[:, :, None] * DRAWINGS + members).transpose(1, 2).reshape(tasks, -1)      # (T, N)
     x = classes.flatten(0, 1)[_send(rows, classes.device)].unsqueeze(2).to(activation_type(args))   # (T, N, 1, S, S)
     y = torch.arange(args.ways, device=classes.device).repeat(tasks, each)                   # (T, N)
@@ -393,7 +386,7 @@ def draw_batches(images: Tensor, alphabets: Tensor, steps: int, batch: int, rng:
         pool, sizes = imbalanced_pool(tasks, each, rng)
     else:
         pool, sizes = torch.arange(per_alphabet).expand(tasks, -1), torch.tensor(per_alphabet)
-    order = _random_order((tasks, steps * batch), rng) % sizes                               # (T, K B)
+    order = random_order((tasks, steps * batch), rng) % sizes                                # (T, K B)
     within = pool.gather(1, order).unflatten(1, (steps, batch)).transpose(0, 1)              # (K, T, B)
     rows, moves = alphabets[:, None] * per_alphabet + within, draw_moves(within.shape, rng)
     return Batches(images.flatten(0, 1), *(_send(t, images.device) for t in (rows, within // each, moves)), dtype)
@@ -405,7 +398,7 @@ def imbalanced_pool(tasks: int, each: int, rng: torch.Generator, most: int = 25)
     Returns (T, 20 * 25) and sizes (T, 1): the first `size` entries of a row count.
     """
     wanted = torch.randint(1, most + 1, (tasks, CHARACTERS, 1), generator=rng)
-    order = _random_order((tasks, CHARACTERS, each), rng).repeat(1, 1, math.ceil(most / each))[..., :most]
+    order = random_order((tasks, CHARACTERS, each), rng).repeat(1, 1, math.ceil(most / each))[..., :most]
     rows = order + each * torch.arange(CHARACTERS)[:, None]                                  # (T, 20, 25)
     unused = torch.arange(most) >= wanted
     first = unused.flatten(1).to(torch.uint8).argsort(dim=1, stable=True)
@@ -437,11 +430,6 @@ def move(images: Tensor, moves: Tensor) -> Tensor:
     return F.grid_sample(flat, grid, mode="nearest", align_corners=False).unflatten(0, images.shape[:2])
 
 
-def _random_order(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Independent uniform permutations of the last axis; float64 keys make ties, so a bias, negligible."""
-    return torch.rand(shape, generator=rng, dtype=torch.float64).argsort(-1)
-
-
 def activation_type(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.precision == "bf16" else torch.float32
 
@@ -460,18 +448,7 @@ class Learner(NamedTuple):
     prefix: Chain                   # few-shot: images -> features, the same before and after adaptation
     suffix: Chain                   # few-shot: features -> logits, reads the adapted tensors
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        on_cpu = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        psi = on_cpu(self.generator.state_dict()) if self.generator else None
-        return {"theta": on_cpu(self.theta), "generator": psi}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
 def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:
@@ -746,56 +723,23 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     rng = torch.Generator().manual_seed(args.seed)
     now = {"meta_step": 0, "seconds": 0.0, "best_accuracy": None, "best_meta_step": None, "best": None, "pending": [],
            "stopped": None}
-    if checkpoint:
-        learner.load(checkpoint["weights"])
-        for optimiser, state in zip(optimisers, checkpoint["optimisers"]):
-            optimiser.load_state_dict(state)
-        rng.set_state(checkpoint["rng"])
-        now = checkpoint["now"]
-
-    def save() -> None:
-        now["pending"] = read_losses(now, run)
-        save_checkpoint(run, {"weights": learner.state(), "optimisers": [o.state_dict() for o in optimisers],
-                              "now": now, "rng": rng.get_state()})
-
-    started = time.monotonic() - now["seconds"]
-    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
-            progress(args.meta_steps, now["meta_step"], "meta-steps") as bar:
-        while now["meta_step"] < args.meta_steps and not stop.requested():
+    with Training(learner, args, run, checkpoint, "meta_step", now, {"optimisers": optimisers, "rng": rng},
+                  last_is_due=False, loss_name="loss") as training:
+        while training.goes_on():
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
-            now["pending"].append(META_STEPS[args.protocol](learner, args, splits["train"], rng))
+            losses = META_STEPS[args.protocol](learner, args, splits["train"], rng)
             for optimiser in optimisers:
                 optimiser.step()
-            now["meta_step"] += 1
-            now["seconds"] = time.monotonic() - started
-            bar.update(1)
-            due = lambda every: now["meta_step"] % every == 0
-            if due(args.log_every):
-                log_training(now, args, run, bar)
-            if due(args.val_every):
+            training.advance(losses)
+            if training.due(args.log_every):
+                loss, _ = training.log(*LOGGED[args.protocol])
+                training.bar.set_postfix(loss=f"{loss:.3f}", val=f"{now['best_accuracy'] or 0:.1%}")
+            if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], now)
-            if due(args.checkpoint_every) or due(args.val_every):
-                save()
-        now["stopped"] = stop.reason
-        save()
+            if training.due(args.checkpoint_every, args.val_every):
+                training.save()
     return now
-
-
-def read_losses(now: dict, run: Path) -> list[list[float]]:
-    """What the meta-steps since the last log line returned; raises UsageError if a loss is not finite."""
-    pending = [p if isinstance(p, list) else p.tolist() for p in now["pending"]]
-    for k, (loss, _) in enumerate(reversed(pending)):
-        check_finite(loss, "loss", f"meta-step {now['meta_step'] - k}", run)
-    return pending
-
-
-def log_training(now: dict, args: argparse.Namespace, run: Path, bar) -> None:
-    """One line of log.jsonl: the means over the meta-steps since the last one."""
-    means = [sum(column) / len(column) for column in zip(*read_losses(now, run))]
-    append_log(run, {"meta_step": now["meta_step"], **dict(zip(LOGGED[args.protocol], means))})
-    bar.set_postfix(loss=f"{means[0]:.3f}", val=f"{now['best_accuracy'] or 0:.1%}")
-    now["pending"] = []
 
 
 def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: dict) -> None:
@@ -1004,11 +948,8 @@ def draw_curves(run: Path, title: str, method: str, curves: dict) -> None:
     """curves.png: multi-shot, the run's part of Fig. 5; few-shot, accuracy against meta-steps, from log.jsonl."""
     if curves:
         return plot_bands(run / "curves.png", {method: [curves]}, title)
-    log = read_log(run)
-    pick = lambda key: tuple(zip(*((line["meta_step"], 100 * line[key]) for line in log if key in line)))
-    series = {"meta-training, query": pick("accuracy"), "validation": pick("val_accuracy")}
-    plot_curves(run / "curves.png", title, {label: xy for label, xy in series.items() if xy}, "meta-steps",
-                "accuracy, %")
+    plot_log(run, title, "meta_step", "meta-steps", "accuracy, %",
+             {"meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1027,8 +968,6 @@ def main(argv: list[str] | None = None) -> None:
     run, checkpoint = open_run(args.out, vars(args) | {"dataset": dataset}, args.resume)
     print(f"{args.method}, {args.protocol}, on {device} ({backend} kernel) -> {run}", flush=True)
     now = meta_train(learner, args, run, checkpoint, splits)
-    if now["stopped"] == "signal":
-        raise KeyboardInterrupt
     if now["best"] is not None:
         learner.load(now["best"])
     accuracies, curves = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common import (UsageError, add_run_flags, append_log, check_finite, mean_ci95, non_negative_float, open_run,
-                    plot_curves, positive_float, positive_int, progress, read_log, run_main, save_atomically,
-                    save_checkpoint, setup, stop_signal, write_result)
+from common import (Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in, load_weights,
+                    mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
+                    save_atomically, setup, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Tensors, adapt, mlp
 
@@ -106,9 +106,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method, the environment or --smoke, and refuse combinations that mean nothing."""
-    for name, value in DEFAULTS[args.method].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill_in(args, DEFAULTS[args.method])
     if args.action_scale is None:
         args.action_scale = 0.1 if args.env == "nav" else 1.0
     if (args.method == "cavia") != (args.adapt == ["context"]):
@@ -329,17 +327,7 @@ class Learner(NamedTuple):
     def parameters(self) -> list[Tensor]:
         return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
 
-    def state(self) -> dict:
-        """A copy of all weights, on the CPU."""
-        copy = lambda tensors: {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-        return {"theta": copy(self.theta), "generator": copy(self.generator.state_dict()) if self.generator else None}
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        for name, t in self.theta.items():
-            t.copy_(state["theta"][name])
-        if self.generator:
-            self.generator.load_state_dict(state["generator"])
+    state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
     def unadapted(self, tasks: int) -> Tensors:
         """The start of the inner step for every task: {name: (T, *shape)}."""
@@ -586,33 +574,20 @@ def meta_train(learner: Learner, env, args: argparse.Namespace, run: Path, check
     """Train until `--iterations`, the time limit or a signal; returns the progress record."""
     rng = torch.Generator().manual_seed(args.seed)
     now = {"iteration": 0, "seconds": 0.0, "skipped": 0, "env_steps": 0, "largest_kl": 0.0, "stopped": None}
-    if checkpoint:
-        learner.load(checkpoint["weights"])
-        rng.set_state(checkpoint["rng"])
-        now = checkpoint["now"]
-
-    def save() -> None:
-        save_checkpoint(run, {"weights": learner.state(), "now": now, "rng": rng.get_state()})
-
-    started = time.monotonic() - now["seconds"]
-    with stop_signal(args.max_minutes, now["seconds"]) as stop, \
-            progress(args.iterations, now["iteration"], "iterations") as bar:
-        while now["iteration"] < args.iterations and not stop.requested():
+    with Training(learner, args, run, checkpoint, "iteration", now, {"rng": rng}) as training:
+        while training.goes_on():
             record = meta_step(learner, env, args, rng, f"iteration {now['iteration'] + 1}", run)
-            now["iteration"] += 1
             now["skipped"] += record["skipped"]
             now["largest_kl"] = max(now["largest_kl"], record["kl"])
             now["env_steps"] += 2 * args.meta_batch * args.rollouts * env.horizon
-            now["seconds"] = time.monotonic() - started
-            bar.update(1)
-            bar.set_postfix(before=f"{record['before']:.1f}", after=f"{record['after']:.1f}", skipped=now["skipped"])
-            if now["iteration"] % args.log_every == 0 or now["iteration"] == args.iterations:
+            training.advance()
+            training.bar.set_postfix(before=f"{record['before']:.1f}", after=f"{record['after']:.1f}",
+                                     skipped=now["skipped"])
+            if training.due(args.log_every):
                 append_log(run, {"iteration": now["iteration"], **record, "skipped": now["skipped"],
                                  "env_steps": now["env_steps"]})
-            if now["iteration"] % args.checkpoint_every == 0:
-                save()
-        now["stopped"] = stop.reason
-        save()
+            if training.due(args.checkpoint_every):
+                training.save()
     return now
 
 
@@ -714,15 +689,6 @@ def gymnasium_rollout(envs: int, horizon: int) -> Callable[[], None]:
 
 # --- main ------------------------------------------------------------------------------------------------------------
 
-def draw_curves(run: Path, title: str) -> None:
-    """curves.png: return before and after one update against the outer iteration, from log.jsonl."""
-    log = read_log(run)
-    iterations = [line["iteration"] for line in log]
-    series = {label: (iterations, [line[key] for line in log])
-              for label, key in (("before the update", "before"), ("after one update", "after"))}
-    plot_curves(run / "curves.png", title, series if log else {}, "outer iterations", "return")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
@@ -739,13 +705,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.method} on {args.env}: {args.meta_batch} tasks x {args.rollouts} roll-outs x {env.horizon} steps, "
           f"{device} ({backend} kernel) -> {run}", flush=True)
     now = meta_train(learner, env, args, run, checkpoint)
-    if now["stopped"] == "signal":
-        raise KeyboardInterrupt
     tasks, stages = evaluate(learner, env, args, run)
     returns = [mean_ci95(stage.returns().tolist()) for stage in stages]
     value, ci95 = returns[1]
     label = f"{args.env} {args.method}, {now['iteration']} iterations"
-    draw_curves(run, f"{label}: {value:.1f} after one update")
+    plot_log(run, f"{label}: {value:.1f} after one update", "iteration", "outer iterations", "return",
+             {"before the update": "before", "after one update": "after"})
     if args.env == "nav":
         draw_trajectories(run / "trajectories.png", tasks, stages, label)
     if args.render:

@@ -178,6 +178,52 @@ def test_signals_and_time_ask_to_stop():
         assert stop.requested() and stop.reason == "time"
 
 
+class Descent:
+    """A learner with one weight, and its training on noisy gradients: 3 of 20 units an update, a line every 6 units."""
+
+    def __init__(self):
+        self.theta, self.generator = {"w": torch.ones(1)}, None
+
+    def train(self, run, resume=False, signal_at=None, gradient=1.0):
+        args = argparse.Namespace(units=20, max_minutes=None)
+        run, checkpoint = common.open_run(run, {}, resume)
+        optimiser, rng = torch.optim.Adam(self.theta.values(), 0.1), torch.Generator().manual_seed(0)
+        now, counts = {"unit": 0, "seconds": 0.0, "pending": [], "stopped": None}, []
+        kept = {"optimisers": [optimiser], "rng": rng}
+        with common.Training(self, args, run, checkpoint, "unit", now, kept, per_update=3) as training:
+            while count := training.goes_on():
+                counts.append(count)
+                self.theta["w"].grad = gradient + torch.rand(1, generator=rng)
+                optimiser.step()
+                if now["unit"] == signal_at:
+                    signal.raise_signal(signal.SIGTERM)
+                training.advance(torch.cat([self.theta["w"] * gradient, self.theta["w"]]))
+                if training.due(6):
+                    training.log("loss", "weight")
+                if training.due(100, 9):
+                    training.save()
+        return counts
+
+
+def test_training_that_is_stopped_within_a_log_line_ends_as_one_that_is_not(tmp_path):
+    one, two = Descent(), Descent()
+    assert one.train(tmp_path / "whole") == [3] * 6 + [2]
+    with pytest.raises(KeyboardInterrupt):
+        two.train(tmp_path / "run", signal_at=6)
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert checkpoint["now"]["unit"] == 9 and len(checkpoint["now"]["pending"]) == 1
+    two = Descent()
+    two.train(tmp_path / "run", resume=True)
+    assert torch.equal(one.theta["w"], two.theta["w"])
+    assert [line["unit"] for line in common.read_log(tmp_path / "run")] == [6, 12, 18, 20]
+    assert common.read_log(tmp_path / "run") == common.read_log(tmp_path / "whole")
+
+
+def test_training_ends_where_a_loss_is_not_finite_and_says_where(tmp_path):
+    with pytest.raises(UsageError, match=r"meta-loss \(nan\) at unit 6; no checkpoint"):
+        Descent().train(tmp_path, gradient=float("nan"))
+
+
 def test_user_errors_are_one_line_and_bugs_keep_their_traceback(capsys):
     def bad_input():
         raise UsageError("what was wrong")

@@ -1,7 +1,6 @@
 """Several processes share one run: the numbers of one process, one set of files, and no hang when a process is lost."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,8 @@ import torch
 
 import common
 import train_miniimagenet as mini
-from test_train_miniimagenet import ROOT, TINY, weights
+from runs import ROOT, result, weights
+from test_train_miniimagenet import TINY
 
 # Meta-batches of 3 on 2 ranks are uneven, the last one has a single task (rank 1 has none); 3 evaluation batches.
 FLAGS = [*TINY, "--episodes", "25", "--meta-batch", "3", "--eval-batch", "2", "--threads", "1", "--device", "cpu"]
@@ -70,8 +70,7 @@ def assert_same_run(run, expected):
     for name, t in weights(run).items():
         if name not in {f"{conv}.bias" for conv in mini.CONVS}:
             torch.testing.assert_close(t, expected_weights[name], rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run, expected)]
-    assert results[0]["value"] == results[1]["value"] and results[0]["ci95"] == results[1]["ci95"]
+    assert all(result(run)[name] == result(expected)[name] for name in ("value", "ci95"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def test_two_ranks_give_the_numbers_and_the_files_of_one(one_rank_run, tmp_path)
     names = [sorted(p.name for p in run.iterdir()) for run in (tmp_path / "run", one_rank_run)]
     assert names[0] == names[1]
     assert len(done.stdout.splitlines()) == 3, done.stdout      # data, settings, accuracy: rank 0 alone speaks
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["ranks"] == 2
+    assert result(tmp_path / "run")["ranks"] == 2
 
 
 def test_a_killed_rank_ends_the_other_and_one_process_completes_the_run(one_rank_run, tmp_path):

@@ -1,12 +1,9 @@
 """Image completion: pixels, every method against a loop over tasks, the data, complete runs, bad input."""
 
+import functools
 import hashlib
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -17,25 +14,23 @@ import torch.nn.functional as F
 from PIL import Image
 
 import naive
+import runs
 import train_celeba as celeba
 from common import DataError, UsageError
 
 torch.set_num_threads(1)                 # the networks are tiny, and other work may share the machine
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--width", "16", "--context-dim", "8", "--iterations", "12", "--val-every", "6", "--val-images", "6",
         "--test-images", "6", "--log-every", "3", "--checkpoint-every", "3", "--meta-batch", "4", "--device", "cpu",
         "--threads", "1"]
 
 
-def script(*flags, cwd=ROOT):
-    return subprocess.run([sys.executable, str(ROOT / "train_celeba.py"), *map(str, flags)], cwd=cwd,
-                          capture_output=True, text=True, timeout=300)
+script = functools.partial(runs.script, "train_celeba.py")
 
 
 def here(*flags):
     """A complete run in this process: its result."""
     celeba.main([*map(str, flags)])
-    return json.loads((Path(flags[flags.index("--out") + 1]) / "result.json").read_text())
+    return runs.result(flags[flags.index("--out") + 1])
 
 
 # --- pixels ---
@@ -229,22 +224,16 @@ def test_download_checks_unpacks_and_trains(faces, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def complete_run(tmp_path_factory):
     """An uninterrupted tiny run in a folder without data: (its folder, what it printed)."""
-    home = tmp_path_factory.mktemp("home")
-    done = script(*TINY, "--out", home / "run", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return home / "run", done.stdout
+    return runs.complete("train_celeba.py", *TINY, home=tmp_path_factory.mktemp("home"))
 
 
 def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
     run, printed = complete_run
-    assert printed.splitlines()[0].startswith("SYNTHETIC")
-    assert {p.name for p in run.iterdir()} >= {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curves.png"}
-    result = json.loads((run / "result.json").read_text())
-    assert result["synthetic"] is True and result["dataset"] == "synthetic" and result["metric"] == "mse"
-    assert result["tasks"] == 6 and result["iterations"] == 12 and result["images"] == 48 and 0 < result["value"] < 1
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if "loss" in line] == [3, 6, 9, 12]
-    assert [line["iteration"] for line in lines if "val_mse" in line] == [6, 12]
+    runs.assert_whole_and_synthetic(run, printed)
+    result = runs.result(run)
+    assert result["metric"] == "mse" and result["tasks"] == 6 and result["iterations"] == 12 and result["images"] == 48 and 0 < result["value"] < 1
+    assert runs.logged(run, "iteration", "loss") == [3, 6, 9, 12]
+    assert runs.logged(run, "iteration", "val_mse") == [6, 12]
 
 
 @pytest.mark.parametrize("method", ["modgrad", "maml", "cavia", "cnp"])
@@ -275,15 +264,6 @@ def test_the_benchmark_compares_contenders_that_agree(capsys):
     assert "ratio" in capsys.readouterr().out
 
 
-def kill_when(process, ready, number):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate(timeout=120)
-
-
 RESUMED = [*TINY, "--iterations", "120", "--val-every", "60", "--checkpoint-every", "10", "--outer-pixels", "64",
            "--gradient-noise", "0.1"]
 
@@ -301,16 +281,11 @@ def whole_run(tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_resumes_to_the_same_numbers(number, whole_run, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_celeba.py"), *RESUMED, "--out", str(run)],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    kill_when(process, lambda: (run / "checkpoint.pt").exists(), number)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert not (run / "result.json").exists()
+    runs.interrupt(number, "train_celeba.py", *RESUMED, out=run)
     done = script(*RESUMED, "--out", run, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (run / "log.jsonl").read_text() == (whole_run / "log.jsonl").read_text()
-    ours, theirs = (json.loads((folder / "result.json").read_text())["value"] for folder in (run, whole_run))
-    assert ours == theirs
+    assert runs.result(run)["value"] == runs.result(whole_run)["value"]
 
 
 def test_the_time_limit_stops_and_still_tests(tmp_path):

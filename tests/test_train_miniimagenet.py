@@ -1,60 +1,44 @@
 """The training script as its users run it: complete runs, interruption, memory-saving chunks, bad input."""
 
-import json
+import functools
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import runs
 import train_miniimagenet as mini
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--episodes", "24", "--val-every", "12",
         "--val-episodes", "6", "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
 
 
-def script(*flags, env=None, **options):
-    return subprocess.run([sys.executable, str(ROOT / "train_miniimagenet.py"), *map(str, flags)], cwd=options.pop("cwd", ROOT),
-                          capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=300, **options)
-
-
-def weights(run):
-    checkpoint = torch.load(Path(run) / "checkpoint.pt", weights_only=True)
-    return {**checkpoint["weights"]["theta"], **(checkpoint["weights"]["generator"] or {})}
+script = functools.partial(runs.script, "train_miniimagenet.py")
 
 
 @pytest.fixture(scope="module")
 def complete_run(tmp_path_factory):
     """An uninterrupted tiny run in a folder without data: (its folder, what it printed)."""
-    home = tmp_path_factory.mktemp("home")
-    done = script(*TINY, "--out", home / "run", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return home / "run", done.stdout
+    return runs.complete("train_miniimagenet.py", *TINY, home=tmp_path_factory.mktemp("home"))
 
 
 def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
     run, printed = complete_run
-    assert printed.splitlines()[0].startswith("SYNTHETIC")
-    assert {p.name for p in run.iterdir()} >= {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curves.png"}
-    result = json.loads((run / "result.json").read_text())
-    assert result["synthetic"] is True and result["dataset"] == "synthetic"
+    runs.assert_whole_and_synthetic(run, printed)
+    result = runs.result(run)
     assert result["tasks"] == 6 and result["episodes"] == 24 and 0 <= result["value"] <= 1
     assert result["config"]["adapt"] == ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["episode"] for line in lines if "loss" in line] == [6, 12, 18, 24]
-    assert [line["episode"] for line in lines if "val_accuracy" in line] == [12, 24]
+    assert runs.logged(run, "episode", "loss") == [6, 12, 18, 24]
+    assert runs.logged(run, "episode", "val_accuracy") == [12, 24]
 
 
 @pytest.mark.parametrize("method", ["maml", "fomaml"])
 def test_the_baselines_run(method, tmp_path):
     done = script(*TINY, "--method", method, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = runs.result(tmp_path / "run")
     assert result["config"]["inner_steps"] == 5 and result["config"]["first_order"] == (method == "fomaml")
 
 
@@ -63,41 +47,26 @@ def test_modgrad_learns_the_synthetic_classes(tmp_path):
     done = script("--image-size", 32, "--channels", 32, "--episodes", 300, "--val-every", 300, "--val-episodes", 40,
                   "--test-episodes", 100, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = runs.result(tmp_path / "run")
     assert result["value"] - result["ci95"] > 0.5
-
-
-def kill_when(process, ready, number):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate(timeout=120)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_resumes_to_the_same_numbers(number, complete_run, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_miniimagenet.py"), *TINY, "--out", str(run)], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = run / "log.jsonl"
-    kill_when(process, lambda: (run / "checkpoint.pt").exists() and log.read_text().count("\n") >= 2, number)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert not (run / "result.json").exists()
+    runs.interrupt(number, "train_miniimagenet.py", *TINY, out=run, log_lines=2)
     done = script(*TINY, "--out", run, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert log.read_text() == (complete_run[0] / "log.jsonl").read_text()
-    expected = weights(complete_run[0])
-    assert all(torch.equal(expected[name], t) for name, t in weights(run).items())
-    ours, theirs = (json.loads((folder / "result.json").read_text())["value"] for folder in (run, complete_run[0]))
-    assert ours == theirs
+    assert (run / "log.jsonl").read_text() == (complete_run[0] / "log.jsonl").read_text()
+    expected = runs.weights(complete_run[0])
+    assert all(torch.equal(expected[name], t) for name, t in runs.weights(run).items())
+    assert runs.result(run)["value"] == runs.result(complete_run[0])["value"]
 
 
 def test_the_time_limit_stops_and_still_tests(tmp_path):
     done = script(*TINY, "--episodes", 100_000, "--max-minutes", 0.05, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = runs.result(tmp_path / "run")
     assert 0 < result["episodes"] < 100_000 and result["tasks"] == 6
 
 
@@ -190,4 +159,4 @@ def test_the_real_images_train(tmp_path):
                   "--log-every", 6, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" not in done.stdout
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["synthetic"] is False
+    assert runs.result(tmp_path / "run")["synthetic"] is False

@@ -1,12 +1,8 @@
 """Omniglot: update rules against references one task at a time, sampling, bad data, complete and interrupted runs."""
 
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +13,9 @@ from PIL import Image
 
 import common
 import naive
+import runs
 import train_omniglot as omni
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = ["--channels", "4", "--context-dim", "8", "--inner-steps", "4", "--test-steps", "4", "--meta-batch", "2",
         "--meta-steps", "6", "--val-every", "3", "--log-every", "2", "--checkpoint-every", "2", "--threads", "1"]
@@ -459,13 +455,8 @@ def test_synthetic_alphabets_are_distinct_and_repeatable():
 
 # --- complete runs ---------------------------------------------------------------------------------------------------
 
-def script(*flags, **options):
-    return subprocess.run([sys.executable, str(ROOT / "train_omniglot.py"), *map(str, flags)], capture_output=True,
-                          text=True, timeout=300, **options)
-
-
 def call(home, monkeypatch, *flags):
-    """A run inside this process: as `script`, without the seconds that a new interpreter needs."""
+    """A run inside this process: as `runs.script`, without the seconds that a new interpreter needs."""
     monkeypatch.chdir(home)
     threads = torch.get_num_threads()
     try:
@@ -477,23 +468,17 @@ def call(home, monkeypatch, *flags):
 @pytest.fixture(scope="module")
 def complete_run(tmp_path_factory):
     """An uninterrupted tiny run in a folder without data: (its folder, what it printed)."""
-    home = tmp_path_factory.mktemp("home")
-    done = script(*TINY, "--out", home / "run", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return home / "run", done.stdout
+    return runs.complete("train_omniglot.py", *TINY, home=tmp_path_factory.mktemp("home"))
 
 
 def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
     run, printed = complete_run
-    assert printed.splitlines()[0].startswith("SYNTHETIC")
-    assert {p.name for p in run.iterdir()} >= {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curves.png"}
-    result = json.loads((run / "result.json").read_text())
-    assert result["synthetic"] is True and result["dataset"] == "synthetic" and result["tasks"] == 10
-    assert result["value"] == pytest.approx(result["curves"]["accuracy"][-1]) and len(result["curves"]["loss"]) == 4
-    assert result["curves"]["accuracy_steps"] == [1, 4]
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["meta_step"] for line in lines if "loss" in line] == [2, 4, 6]
-    assert [line["meta_step"] for line in lines if "val_accuracy" in line] == [3, 6]
+    runs.assert_whole_and_synthetic(run, printed)
+    result = runs.result(run)
+    assert result["tasks"] == 10 and result["value"] == pytest.approx(result["curves"]["accuracy"][-1])
+    assert len(result["curves"]["loss"]) == 4 and result["curves"]["accuracy_steps"] == [1, 4]
+    assert runs.logged(run, "meta_step", "loss") == [2, 4, 6]
+    assert runs.logged(run, "meta_step", "val_accuracy") == [3, 6]
 
 
 @pytest.mark.parametrize("flags", [
@@ -502,13 +487,13 @@ def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
 ])
 def test_the_other_methods_run(flags, tmp_path, monkeypatch):
     call(tmp_path, monkeypatch, *TINY, *flags, "--meta-steps", 2, "--out", "run")
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["meta_steps"] == 2
+    assert runs.result(tmp_path / "run")["meta_steps"] == 2
 
 
 @pytest.mark.parametrize("method", ["modgrad", "maml"])
 def test_few_shot_runs(method, tmp_path, monkeypatch):
     call(tmp_path, monkeypatch, *FEW_SHOT, "--method", method, "--gradient-noise", 0.01, "--out", "run")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = runs.result(tmp_path / "run")
     assert result["tasks"] == 6 and result["config"]["ways"] == 5
     assert result["config"]["inner_steps"] == (1 if method == "modgrad" else 5)
 
@@ -528,28 +513,13 @@ def test_leap_adapts_faster_after_meta_training(tmp_path, monkeypatch):
     assert loss() < before - 0.02                      # seeds 0 to 2 gain 0.03 to 0.05
 
 
-def kill_when(process, ready, number):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate(timeout=120)
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_resumes_to_the_same_numbers(number, complete_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train_omniglot.py"), *TINY, "--out", str(run)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    log = run / "log.jsonl"
-    kill_when(process, lambda: (run / "checkpoint.pt").exists() and log.read_text().count("\n") >= 1, number)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-    assert not (run / "result.json").exists()
+    runs.interrupt(number, "train_omniglot.py", *TINY, out=run, log_lines=1)
     call(tmp_path, monkeypatch, *TINY, "--out", run, "--resume")
-    assert log.read_text() == (complete_run[0] / "log.jsonl").read_text()
-    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (run, complete_run[0]))
+    assert (run / "log.jsonl").read_text() == (complete_run[0] / "log.jsonl").read_text()
+    ours, theirs = runs.result(run), runs.result(complete_run[0])
     assert ours["curves"] == theirs["curves"] and ours["accuracies"] == theirs["accuracies"]
 
 
@@ -573,7 +543,7 @@ def test_bad_flags_are_refused_before_a_run_folder_exists(flags, message, tmp_pa
 
 
 def test_a_usage_error_ends_in_one_line_and_status_2(tmp_path):
-    done = script("--data", "no/such/folder", cwd=tmp_path)
+    done = runs.script("train_omniglot.py", "--data", "no/such/folder", cwd=tmp_path)
     assert done.returncode == 2 and "no/such/folder" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -601,4 +571,4 @@ def test_the_real_drawings_train(protocol, tmp_path, monkeypatch, capsys):
     data = Path(os.environ["MODGRAD_DATA"]) / "omniglot"
     call(tmp_path, monkeypatch, *protocol, "--data", data.absolute(), "--out", "run")
     assert "50 alphabets, 1623 characters" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["synthetic"] is False
+    assert runs.result(tmp_path / "run")["synthetic"] is False

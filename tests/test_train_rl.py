@@ -1,12 +1,10 @@
 """Meta-reinforcement learning: the pieces of TRPO, the inner step, the environments, the script as its users run it."""
 
 import importlib.util
-import json
 import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +12,10 @@ import pytest
 import torch
 
 import naive
+import runs
 import train_rl as rl
-from common import UsageError
+from common import UsageError, read_log
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden", "8", "--meta-batch", "3", "--rollouts", "3", "--iterations", "4", "--test-tasks", "5",
         "--context-dim", "4", "--checkpoint-every", "1", "--threads", "1"]
 CASES = {"modgrad": ["--method", "modgrad"], "one layer": ["--method", "modgrad", "--adapt", "fc2.weight", "fc2.bias"],
@@ -320,31 +318,18 @@ def test_a_missing_mujoco_is_one_line_with_the_command(monkeypatch):
 
 # --- the script ---
 
-def script(*flags, **options):
-    return subprocess.run([sys.executable, str(ROOT / "train_rl.py"), *map(str, flags)], capture_output=True, text=True,
-                          timeout=300, **options)
-
-
-def weights(run):
-    state = torch.load(Path(run) / "checkpoint.pt", weights_only=True)["weights"]
-    return {**state["theta"], **(state["generator"] or {})}
-
-
 @pytest.fixture(scope="module")
 def complete_run(tmp_path_factory):
-    home = tmp_path_factory.mktemp("rl")
-    done = script(*TINY, "--out", home / "run", cwd=home)
-    assert done.returncode == 0, done.stderr
-    return home / "run"
+    return runs.complete("train_rl.py", *TINY, home=tmp_path_factory.mktemp("rl"))[0]
 
 
 def test_a_run_is_complete(complete_run):
     files = {path.name for path in complete_run.iterdir()}
     assert files >= {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curves.png", "trajectories.png"}
-    result = json.loads((complete_run / "result.json").read_text())
+    result = runs.result(complete_run)
     assert len(result["returns"]) == len(result["returns_ci95"]) == 4 and result["value"] == result["returns"][1]
     assert result["iterations"] == 4 and result["tasks"] == 5 and result["env_steps"] == 4 * 2 * 9 * 100
-    lines = [json.loads(line) for line in (complete_run / "log.jsonl").read_text().splitlines()]
+    lines = read_log(complete_run)
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     assert all(0 <= line["kl"] <= 0.01 for line in lines)
     assert result["skipped"] == lines[-1]["skipped"] == sum(line["kl"] == 0 for line in lines)
@@ -357,20 +342,13 @@ def run_main(*flags):
 def test_interrupted_and_extended_runs_end_at_the_same_numbers(complete_run, tmp_path):
     """Two steps, killed in the third, resumed to the end: the seeded log and weights of a run without interruption."""
     run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train_rl.py"), *TINY, "--iterations", "100000", "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((run / "checkpoint.pt").exists() and (run / "log.jsonl").read_text().count("\n") >= 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    runs.interrupt(signal.SIGKILL, "train_rl.py", *TINY, "--iterations", 100_000, out=run, log_lines=2)
     done = torch.load(run / "checkpoint.pt", weights_only=True)["now"]["iteration"]
     run_main("--out", run, "--resume", "--iterations", max(done + 1, 4))
     ours, theirs = ((folder / "log.jsonl").read_text().splitlines() for folder in (run, complete_run))
     assert ours[:4] == theirs
     if done < 4:
-        assert all(torch.equal(t, weights(run)[name]) for name, t in weights(complete_run).items())
+        assert all(torch.equal(t, runs.weights(run)[name]) for name, t in runs.weights(complete_run).items())
 
 
 @pytest.mark.parametrize("method", ["maml", "cavia"])
@@ -379,7 +357,7 @@ def test_the_baselines_run_and_repeat_exactly(method, tmp_path):
     for folder in ("a", "b"):
         run_main(*flags, "--out", tmp_path / folder)
     assert (tmp_path / "a/log.jsonl").read_text() == (tmp_path / "b/log.jsonl").read_text()
-    result = json.loads((tmp_path / "a/result.json").read_text())
+    result = runs.result(tmp_path / "a")
     assert len(set(result["returns"])) == 4                                    # every update changes the policy
 
 
@@ -402,7 +380,7 @@ def test_a_film_is_made_or_its_absence_explained(tmp_path, capsys):
 
 def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     code = f"import sys, train_rl; train_rl.main({TINY + ['--benchmark']}); assert 'mujoco' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "environment steps per CPU second" in done.stdout
 

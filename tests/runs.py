@@ -1,0 +1,62 @@
+"""How the tests start the training scripts, stop them in the middle, and read the run folders that they leave."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name, *flags, cwd=ROOT):
+    """A script as its users start it, to its end."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
+
+
+def complete(name, *flags, home):
+    """An uninterrupted run in the folder `home`, which holds no data: (its folder, what it printed)."""
+    done = script(name, *flags, "--out", home / "run", cwd=home)
+    assert done.returncode == 0, done.stderr
+    return home / "run", done.stdout
+
+
+def interrupt(number, name, *flags, out, log_lines=0):
+    """Start a run in `out` and send it signal `number` as soon as it has a checkpoint and so many lines of log."""
+    process = subprocess.Popen([sys.executable, str(ROOT / name), *map(str, flags), "--out", str(out)], cwd=out.parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not ((out / "checkpoint.pt").exists() and (out / "log.jsonl").read_text().count("\n") >= log_lines):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), said
+    assert not (out / "result.json").exists()
+
+
+def result(run):
+    return json.loads((Path(run) / "result.json").read_text())
+
+
+def weights(run):
+    state = torch.load(Path(run) / "checkpoint.pt", weights_only=True)["weights"]
+    return {**state["theta"], **(state["generator"] or {})}
+
+
+def logged(run, unit, key):
+    """Where, in `unit`, the log has a line with `key`."""
+    return [line[unit] for line in common.read_log(run) if key in line]
+
+
+def assert_whole_and_synthetic(run, printed):
+    """All files are there, and what was printed and written says that the data are synthetic."""
+    assert printed.splitlines()[0].startswith("SYNTHETIC")
+    assert {p.name for p in run.iterdir()} >= {"config.json", "log.jsonl", "checkpoint.pt", "result.json", "curves.png"}
+    assert result(run)["synthetic"] is True and result(run)["dataset"] == "synthetic"
