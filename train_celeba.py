@@ -82,8 +82,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the authors' released code for K > 1: 2K passes refine nu, always from theta^0")
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
                         help="eta, standard deviation of noise on the inner gradient")
-    method.add_argument("--kernel", choices=("auto", "triton", "eager"), default="auto",
-                        help="the modulated update: auto is Triton on CUDA, eager elsewhere")
+    method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
+                        help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 
     train = parser.add_argument_group("meta-training")
     train.add_argument("--iterations", type=positive_int, default=50_000, help="outer updates (CAVIA: 50,000)")

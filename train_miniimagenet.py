@@ -85,8 +85,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="eta, standard deviation of noise on the inner gradient (Fig. 9)")
     method.add_argument("--batch-norm", choices=("transductive", "support"), default="transductive",
                         help="query statistics: of all queries together (paper), or of the support set (not transductive)")
-    method.add_argument("--kernel", choices=("auto", "triton", "eager"), default="auto",
-                        help="the modulated update: auto is Triton on CUDA, eager elsewhere")
+    method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
+                        help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 
     train = parser.add_argument_group("meta-training")
     train.add_argument("--episodes", type=positive_int, default=50_000, help="training tasks in all (paper: 50,000)")

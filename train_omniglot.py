@@ -109,8 +109,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         "differentiated")
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
                         help="few-shot: eta, standard deviation of noise on the inner gradient")
-    method.add_argument("--kernel", choices=("auto", "triton", "eager"), default="auto",
-                        help="the modulated update: auto is Triton on CUDA, eager elsewhere")
+    method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
+                        help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 
     train = parser.add_argument_group("meta-training")
     train.add_argument("--meta-steps", type=positive_int, help="updates (default: multi-shot 1000, few-shot 60000)")

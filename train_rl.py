@@ -75,8 +75,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="M at the start of training: 1 (MAML), or PyTorch's default layers (near 0)")
     method.add_argument("--gamma", type=positive_float, default=0.95, help="discount (CAVIA's code: 0.95)")
     method.add_argument("--gae-lambda", type=non_negative_float, default=1.0, help="lambda of GAE (CAVIA's code: 1)")
-    method.add_argument("--kernel", choices=("auto", "triton", "eager"), default="auto",
-                        help="the modulated update: auto is Triton on CUDA, eager elsewhere")
+    method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
+                        help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 
     train = parser.add_argument_group("meta-training")
     train.add_argument("--iterations", type=positive_int, default=500, help="outer TRPO steps (CAVIA's code: 500)")
@@ -441,22 +441,16 @@ def gaussian_kl(mean0: Tensor, log_std0: Tensor, mean1: Tensor, log_std1: Tensor
 
 def adapted_policy(learner: Learner, current: Tensors, batch: Batch, args: argparse.Namespace,
                    differentiable: bool, rate: float = 1.0) -> Tensors:
-    """One inner step, of size `rate` alpha, of every task from `current` {name: (T, *shape)} on its own roll-outs.
-
-    `adapt` starts all tasks at one point; here that point is the displacement 0, so that a second and a third update
-    can start where the one before left each task.
-    """
+    """One inner step, of size `rate` alpha, of every task from `current` {name: (T, *shape)} on its own roll-outs."""
     with torch.set_grad_enabled(differentiable):
         features = learner.prefix(learner.theta, batch.observations)
-        moved = lambda by: {name: t + by[name] for name, t in current.items()}
 
-        def loss(by: Tensors) -> Tensor:                                                          # (T,)
-            likelihood = log_prob(*distribution(learner, moved(by), features), batch.actions)
+        def loss(adapted: Tensors) -> Tensor:                                                     # (T,)
+            likelihood = log_prob(*distribution(learner, adapted, features), batch.actions)
             return -(likelihood * batch.advantages * batch.weights).sum(1)
 
-        zero = {name: torch.zeros_like(t[0]) for name, t in current.items()}
-        return moved(adapt(loss, zero, len(batch.actions), rate * args.inner_lr, learner.generator,
-                           differentiable=differentiable, kernel=args.kernel))
+        return adapt(loss, current, None, rate * args.inner_lr, learner.generator, differentiable=differentiable,
+                     kernel=args.kernel)
 
 
 # --- meta-train ------------------------------------------------------------------------------------------------------
