@@ -64,6 +64,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--hidden", type=positive_int, default=100, help="width of both hidden layers (paper: 100)")
     method.add_argument("--init-std", type=positive_float, default=1.0,
                         help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
+    method.add_argument("--min-std", type=positive_float, default=1e-6,
+                        help="floor of sigma before and after adaptation (CAVIA's code: 1e-6)")
     method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad and maml 0.1, cavia 1)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes (default: all, "
                         "sigma included; cavia its context, which is all it can change)")
@@ -323,6 +325,7 @@ class Learner(NamedTuple):
     prefix: Chain                   # observations -> features, the same before and after adaptation
     suffix: Chain                   # features -> mean action, reads the adapted tensors
     generator: Generator | None     # psi; None for MAML and CAVIA (M = 1)
+    min_log_std: float              # the policy's log-std is at least this
 
     def parameters(self) -> list[Tensor]:
         return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
@@ -343,14 +346,15 @@ def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learne
     theta["log_std"] = torch.full((env.action,), math.log(args.init_std))
     theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
     if args.method == "cavia":
-        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(()), network, None)
+        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(()), network, None,
+                       math.log(args.min_std))
     prefix, suffix = network.split([name for name in args.adapt if name != "log_std"])
     start = {name: theta[name] for name in args.adapt}
     generator = None
     if args.method == "modgrad":
         generator = Generator({name: t.shape for name, t in start.items()}, args.context_dim, args.rank, init=args.init,
                               hidden_cap=args.hidden_cap).to(device)
-    return Learner(theta, start, prefix, suffix, generator)
+    return Learner(theta, start, prefix, suffix, generator, math.log(args.min_std))
 
 
 def distribution(learner: Learner, adapted: Tensors, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,7 +363,7 @@ def distribution(learner: Learner, adapted: Tensors, features: Tensor) -> tuple[
     if "context" in adapted:
         context = adapted["context"].unsqueeze(1).expand(-1, features.shape[1], -1)
         features = torch.cat([features, context], -1)
-    log_std = params["log_std"]
+    log_std = params["log_std"].clamp_min(learner.min_log_std)
     return learner.suffix(params, features), log_std.view(-1, 1, log_std.shape[-1])
 
 
@@ -559,7 +563,7 @@ def meta_step(learner: Learner, env, args: argparse.Namespace, rng: torch.Genera
 
     step = trpo_step(params, gradient, loss, fisher_product(learner, thin(pre), thin(post), args), trial, args)
     kl, trials = step or (0.0, args.line_search)
-    std = learner.theta["log_std"].detach().exp().mean().item()
+    std = learner.theta["log_std"].detach().clamp_min(learner.min_log_std).exp().mean().item()
     return {"before": before.returns().mean().item(), "after": after.returns().mean().item(), "kl": kl,
             "trials": trials, "skipped": int(step is None), "std": std}
 
