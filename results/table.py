@@ -161,9 +161,41 @@ def scaling():
     return "\n".join(rows)
 
 
+def kernel_files():
+    return [json.loads(path.read_text()) for path in sorted(HERE.glob("kernels-*.json")) if path.stem != "kernels-resources"]
+
+
+def kernels():
+    """One row a machine, network and number of tasks: eager's time over ours, over the four passes."""
+    passes = ("forward", "backward", "double backward", "inner step")
+    rows = [f"| machine | adapted tensors of | T | form | {' | '.join(f'{p}: ms, times faster than eager' for p in passes)} |",
+            f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
+    for file in kernel_files():
+        found = {(r["size"], r["tasks"], r["contender"], r["pass"]): r for r in file["rows"]}
+        for size, tasks, form in dict.fromkeys(key[:3] for key in found):
+            cells = [found[size, tasks, form, p] for p in passes]
+            text = " | ".join(f"{r['median_ms']:.2f}, {r['times_faster_than_eager']:.2f}" for r in cells)
+            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | {size} | {tasks} | {form} | {text} |")
+    return "\n".join(rows)
+
+
+def resources():
+    """One row a GPU, dtype and size: registers a thread of each kernel; the largest stack and number of spills of them."""
+    file = json.loads((HERE / "kernels-resources.json").read_text())
+    names = ("forward", "backward", "double_backward", "sum")
+    rows = [f"| compiled for | dtype | size | {' | '.join(f'{n.replace(chr(95), chr(32))}, registers' for n in names)} | stack bytes, spills |",
+            f"| --- | --- | --- | {' | '.join('---' for _ in names)} | --- |"]
+    found = {(r["gpu"], r["dtype"], r["size"], r["kernel"]): r for r in file["kernels"]}
+    for gpu, dtype, size in dict.fromkeys(key[:3] for key in found):
+        of = [found[gpu, dtype, size, n] for n in names]
+        rows.append(f"| {gpu} | {dtype} | {size} | {' | '.join(str(r['registers']) for r in of)} | "
+                    f"{max(r['stack'] for r in of)}, {max(r['spills'] for r in of)} |")
+    return "\n".join(rows)
+
+
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {"miniimagenet": miniimagenet, "celeba": celeba, "omniglot": omniglot, "rl": rl, "speed": speed, "work": work, "scaling": scaling}
+    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels, resources)}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)
 

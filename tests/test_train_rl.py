@@ -250,6 +250,34 @@ def test_navigation_follows_its_rules():
     assert goals.abs().max() <= 0.5 and goals.abs().max() > 0.49
 
 
+def test_end_points_tell_direction_from_distance():
+    """Four tasks whose roll-outs all end at radius 0.3 in the goal's direction, wherever the goal is."""
+    directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, -0.8]])
+    goals = directions * torch.tensor([[0.1], [0.2], [0.4], [0.5]])
+    noise = torch.tensor([0.01, -0.01]).view(1, 2, 1)                       # two roll-outs a task, around 0.3
+    path = torch.stack([torch.zeros(4, 2, 2), directions.unsqueeze(1) * (0.3 + noise), torch.full((4, 2, 2), 9.0)], 2)
+    mask = torch.tensor([1.0, 1.0, 0.0]).expand(4, 2, 3)                    # the step at 9 is after the end
+    found = rl.end_points(goals, rl.Rollouts(path, path, mask, mask))
+    assert found["median_cosine"] == pytest.approx(1) and found["end_radius"] == pytest.approx([0.3, 0], abs=1e-6)
+    assert found["goal_radius"][0] == pytest.approx(0.3)
+    moved = path + 0.5 * goals.view(4, 1, 1, 2)
+    assert rl.end_points(goals, rl.Rollouts(moved, path, mask, mask))["radius_correlation"] == pytest.approx(1)
+
+
+def test_explore_std_is_a_floor_before_the_first_update_only():
+    args, learner = small("maml")
+    args.explore_std = 2.0
+    learner = learner._replace(explore_log_std=math.log(2))
+    env = rl.Navigation(args, torch.device("cpu"))
+    tasks = env.sample_tasks(50, torch.Generator().manual_seed(0))
+    start = learner.unadapted(len(tasks))
+    for explore, std in ((True, 2.0), (False, 0.7)):
+        rollouts = rl.collect(env, tasks, learner, start, 5, torch.Generator().manual_seed(1), "here", Path("x"), explore)
+        mean, log_std = rl.distribution(learner, start, rollouts.observations.flatten(1, 2), explore)
+        spread = (rollouts.actions.flatten(1, 2) - mean).std().item()       # of 50,000 draws: within 1 % of sigma
+        assert log_std.exp().unique().tolist() == pytest.approx([std]) and spread == pytest.approx(std, rel=0.01)
+
+
 def test_a_rollout_counts_until_its_end():
     args, learner = small("maml")
     env = rl.Navigation(args, torch.device("cpu"))
