@@ -64,9 +64,6 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--hidden", type=positive_int, default=100, help="width of both hidden layers (paper: 100)")
     method.add_argument("--init-std", type=positive_float, default=1.0,
                         help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
-    method.add_argument("--explore-std", type=positive_float, default=1e-6,
-                        help="floor of sigma before the first update only: wide roll-outs to learn from, precise ones after "
-                             "(default 1e-6, CAVIA's code, which is no floor)")
     method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad and maml 0.1, cavia 1)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes (default: all, "
                         "sigma included; cavia its context, which is all it can change)")
@@ -291,7 +288,7 @@ class Rollouts(NamedTuple):
 
 @torch.no_grad()
 def collect(env, tasks: Tensor, learner: Learner, adapted: Tensors, rollouts: int, rng: torch.Generator, where: str,
-            run: Path, explore: bool = False) -> Rollouts:
+            run: Path) -> Rollouts:
     """R roll-outs of each task, the policy of task t reading slice t of `adapted`. Raises UsageError for a non-finite
     reward or state, naming task and step."""
     count, horizon = len(tasks), env.horizon
@@ -299,7 +296,7 @@ def collect(env, tasks: Tensor, learner: Learner, adapted: Tensors, rollouts: in
     observation, alive = env.reset(tasks, rollouts, rng), torch.ones(count, rollouts, device=tasks.device)
     record = []
     for t in range(horizon):
-        mean, log_std = distribution(learner, adapted, learner.prefix(learner.theta, observation), explore)
+        mean, log_std = distribution(learner, adapted, learner.prefix(learner.theta, observation))
         action = mean + log_std.exp() * noise[t]
         following, reward, done = env.step(action)
         record.append((observation, action, reward * alive, alive))
@@ -326,7 +323,6 @@ class Learner(NamedTuple):
     prefix: Chain                   # observations -> features, the same before and after adaptation
     suffix: Chain                   # features -> mean action, reads the adapted tensors
     generator: Generator | None     # psi; None for MAML and CAVIA (M = 1)
-    explore_log_std: float          # the policy's log-std before the first update is at least this
 
     def parameters(self) -> list[Tensor]:
         return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
@@ -347,26 +343,23 @@ def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learne
     theta["log_std"] = torch.full((env.action,), math.log(args.init_std))
     theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
     if args.method == "cavia":
-        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(()), network, None,
-                       math.log(args.explore_std))
+        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(()), network, None)
     prefix, suffix = network.split([name for name in args.adapt if name != "log_std"])
     start = {name: theta[name] for name in args.adapt}
     generator = None
     if args.method == "modgrad":
         generator = Generator({name: t.shape for name, t in start.items()}, args.context_dim, args.rank, init=args.init,
                               hidden_cap=args.hidden_cap).to(device)
-    return Learner(theta, start, prefix, suffix, generator, math.log(args.explore_std))
+    return Learner(theta, start, prefix, suffix, generator)
 
 
-def distribution(learner: Learner, adapted: Tensors, features: Tensor, explore: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean (T, N, a) and log-std (T or 1, 1, a) of the Gaussian policy; features (T, N, ...) from `learner.prefix`.
-
-    `explore`: before the first update, with the floor of --explore-std."""
+def distribution(learner: Learner, adapted: Tensors, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (T, N, a) and log-std (T or 1, 1, a) of the Gaussian policy; features (T, N, ...) from `learner.prefix`."""
     params = {**learner.theta, **adapted}
     if "context" in adapted:
         context = adapted["context"].unsqueeze(1).expand(-1, features.shape[1], -1)
         features = torch.cat([features, context], -1)
-    log_std = params["log_std"].clamp_min(learner.explore_log_std) if explore else params["log_std"]
+    log_std = params["log_std"]
     return learner.suffix(params, features), log_std.view(-1, 1, log_std.shape[-1])
 
 
@@ -447,14 +440,13 @@ def gaussian_kl(mean0: Tensor, log_std0: Tensor, mean1: Tensor, log_std1: Tensor
 
 
 def adapted_policy(learner: Learner, current: Tensors, batch: Batch, args: argparse.Namespace,
-                   differentiable: bool, rate: float = 1.0, explore: bool = True) -> Tensors:
-    """One inner step, of size `rate` alpha, of every task from `current` {name: (T, *shape)} on its own roll-outs, which
-    had the floor of --explore-std if `explore`."""
+                   differentiable: bool, rate: float = 1.0) -> Tensors:
+    """One inner step, of size `rate` alpha, of every task from `current` {name: (T, *shape)} on its own roll-outs."""
     with torch.set_grad_enabled(differentiable):
         features = learner.prefix(learner.theta, batch.observations)
 
         def loss(adapted: Tensors) -> Tensor:                                                     # (T,)
-            likelihood = log_prob(*distribution(learner, adapted, features, explore), batch.actions)
+            likelihood = log_prob(*distribution(learner, adapted, features), batch.actions)
             return -(likelihood * batch.advantages * batch.weights).sum(1)
 
         return adapt(loss, current, None, rate * args.inner_lr, learner.generator, differentiable=differentiable,
@@ -547,7 +539,7 @@ def meta_step(learner: Learner, env, args: argparse.Namespace, rng: torch.Genera
     """One outer update on fresh tasks; returns what log.jsonl records of it."""
     tasks, params = env.sample_tasks(args.meta_batch, rng), learner.parameters()
     start = learner.unadapted(len(tasks))
-    before = collect(env, tasks, learner, start, args.rollouts, rng, where, run, explore=True)
+    before = collect(env, tasks, learner, start, args.rollouts, rng, where, run)
     pre = Batch.of(before, args)
     adapted = adapted_policy(learner, start, pre, args, differentiable=True)
     after = collect(env, tasks, learner, adapted, args.rollouts, rng, where, run)
@@ -605,11 +597,10 @@ def evaluate(learner: Learner, env, args: argparse.Namespace, run: Path) -> tupl
     policy, stages = learner.unadapted(len(tasks)), []
     for update in range(args.updates + 1):
         where = f"evaluation after {update} updates"
-        stages.append(collect(env, tasks, learner, policy, args.rollouts, rng, where, run, explore=update == 0))
+        stages.append(collect(env, tasks, learner, policy, args.rollouts, rng, where, run))
         if update < args.updates:
             rate = 1.0 if update == 0 else args.later_rate
-            policy = adapted_policy(learner, policy, Batch.of(stages[-1], args), args, differentiable=False, rate=rate,
-                                    explore=update == 0)
+            policy = adapted_policy(learner, policy, Batch.of(stages[-1], args), args, differentiable=False, rate=rate)
     return tasks, stages
 
 

@@ -93,7 +93,6 @@ def rl():
         c = r["config"]
         first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
         what = "all tensors" if len(c["adapt"]) > 2 else ", ".join(c["adapt"])
-        what += f", sigma at least {c['explore_std']:g} before the update" if c.get("explore_std", 0) > 1e-3 else ""
         rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} | "
                     f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {device(r)} |")
     return "\n".join(rows)

@@ -264,20 +264,6 @@ def test_end_points_tell_direction_from_distance():
     assert rl.end_points(goals, rl.Rollouts(moved, path, mask, mask))["radius_correlation"] == pytest.approx(1)
 
 
-def test_explore_std_is_a_floor_before_the_first_update_only():
-    args, learner = small("maml")
-    args.explore_std = 2.0
-    learner = learner._replace(explore_log_std=math.log(2))
-    env = rl.Navigation(args, torch.device("cpu"))
-    tasks = env.sample_tasks(50, torch.Generator().manual_seed(0))
-    start = learner.unadapted(len(tasks))
-    for explore, std in ((True, 2.0), (False, 0.7)):
-        rollouts = rl.collect(env, tasks, learner, start, 5, torch.Generator().manual_seed(1), "here", Path("x"), explore)
-        mean, log_std = rl.distribution(learner, start, rollouts.observations.flatten(1, 2), explore)
-        spread = (rollouts.actions.flatten(1, 2) - mean).std().item()       # of 50,000 draws: within 1 % of sigma
-        assert log_std.exp().unique().tolist() == pytest.approx([std]) and spread == pytest.approx(std, rel=0.01)
-
-
 def test_a_rollout_counts_until_its_end():
     args, learner = small("maml")
     env = rl.Navigation(args, torch.device("cpu"))
