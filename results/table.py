@@ -87,14 +87,15 @@ RL = {  # Fig. 8, return after one step; "far below" and "below" where the text 
 
 def rl():
     """One row a run: returns of fresh tasks after 0, 1, ... updates."""
-    rows = ["| task | method, alpha, adapted | seed | iterations | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | device | training |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows = ["| task | method, alpha, adapted | seed | iterations | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | distance learned (correlation) | device | training |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for folder, r in runs("rl"):
         c = r["config"]
         first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
         what = "all tensors" if len(c["adapt"]) > 2 else ", ".join(c["adapt"])
+        learned = f"{r['end_points'][1]['radius_correlation']:.2f}" if "end_points" in r else "-"
         rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} | "
-                    f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {device(r)} |")
+                    f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {learned} | {device(r)} |")
     return "\n".join(rows)
 
 

@@ -1,7 +1,8 @@
 """Draw Fig. 8 from the runs committed here: python results/rl/figure.py nav [cheetah-dir cheetah-vel].
 
 Left: return after one update while meta-training; right: return of the trained policies against the number of updates
-on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed.
+on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed. Shorter runs than the
+longest of an environment are left out.
 """
 
 import json
@@ -34,12 +35,14 @@ def draw(axes, x, ys, method):
 
 def figure(env):
     picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+    results = {path.parent: json.loads(path.read_text()) for path in sorted(HERE.glob(f"{env}-*-seed*/result.json"))}
+    longest = max(r["iterations"] for r in results.values())
     for method in COLOURS:
-        runs = sorted(path.parent for path in HERE.glob(f"{env}-{method}-seed*/result.json"))
+        runs = [run for run, r in results.items() if r["iterations"] == longest and r["config"]["method"] == method]
         if not runs:
             continue
         draw(left, *curves(runs), method)
-        returns = np.array([json.loads((run / "result.json").read_text())["returns"] for run in runs])
+        returns = np.array([results[run]["returns"] for run in runs])
         draw(right, np.arange(returns.shape[1]), returns, method)
     left.set(title=f"{env}: after one update", xlabel=f"outer iterations (running mean of {WINDOW})", ylabel="return")
     right.set(title="40 fresh tasks", xlabel="updates", xticks=range(4))
