@@ -42,7 +42,7 @@ except ImportError:                      # a machine without a GPU: the eager pa
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_TENSORS_PER_LAUNCH = 8               # a kernel holds one copy of its code per tensor
-CLOSED_FROM = 2 ** 14                    # elements (T n1 n2): below, the Functions' own overhead outweighs their gain on a CPU
+CLOSED_FROM = 2 ** 14                    # elements (T n1 n2): a CPU gains less by the closed forms below
 TILE = 1024                              # elements: 16 x 64 on 4 warps stays under 128 registers a thread
 SUM_BLOCK = (16, 64)                     # (partial sums, vector entries) added at a time by the second stage
 # Fusion of multiply and add is named because Triton's default for it is changing.
@@ -384,10 +384,12 @@ def _launch_double_backward(sign: int, out_grads, grads, rows, cols, xs, ps, qs)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The same three in PyTorch, for CPUs: few passes over memory, in place where it can be, and no mask. m is of degree one in a
-# and in b, so that h_ij b_j = m_ij / a_i and h_ij a_i = m_ij / b_j, where 1 / 0 stands for 0. With p' = p / a, q' = q / b:
-#     mdot_ij = m_ij (p'_i + q'_j)           d_a_i = sum_j (d_g ⊙ g)_ij / a_i       and so on
-# A factor below 1e-38 and infinite numbers may give NaN in a derivative where the formulas above do not; values are exact.
+# The same three in PyTorch, for CPUs: few passes over memory, in place where it can be, and h is never
+# formed. m is of degree one in a and in b, so that h_ij b_j = m_ij / a_i and h_ij a_i = m_ij / b_j, where
+# 1 / 0 stands for 0. With p' = p / a and q' = q / b:
+#     mdot_ij = m_ij (p'_i + q'_j)           d_a_i = sum_j (d_g ⊙ g)_ij / a_i           and so on
+# Derivatives of factors below the smallest normal number (1e-38) are 0; infinite numbers may give NaN in a
+# derivative where the formulas above do not. Values are exact.
 # ---------------------------------------------------------------------------------------------------------
 
 def _in_float32(launch):
@@ -409,8 +411,8 @@ def _signed_mask(sign: int, row, col):
 
 
 def _inverse(v):
-    """1 / v, 0 where v is 0."""
-    return v.reciprocal().masked_fill_(v == 0, 0.0)
+    """1 / v, 0 where v is 0 or so small that 1 / v may overflow."""
+    return v.reciprocal().masked_fill_(v.abs() < torch.finfo(v.dtype).tiny, 0.0)
 
 
 @_in_float32
@@ -601,8 +603,8 @@ def modulated_step(theta, grad, row, col, *, kernel: str = "auto"):
         grad: inner gradient, (T, n1, n2).
         row: left factor, (T, n1).
         col: right factor, (T, n2).
-        kernel: "auto" (Triton for CUDA tensors, closed forms for CPU tensors, the plain formula elsewhere), "triton",
-            "closed" (closed forms of the derivatives in PyTorch operations) or "eager" (the formula and autograd).
+        kernel: "auto" (Triton for CUDA tensors, "closed" for CPU tensors, "eager" elsewhere), "triton",
+            "closed" (the derivatives' closed forms in PyTorch operations) or "eager" (formula and autograd).
 
     Each may also be a list or tuple with one entry per adapted tensor; these then share kernel launches. All
     tensors have one device and one dtype of float16, bfloat16, float32, float64; Triton computes 16-bit

@@ -277,6 +277,8 @@ def test_zero_factors_close_the_gate_in_the_closed_forms():
     tensors = theta, grad, row, col
     for ours, true in zip(all_orders(fused_step, tensors), all_orders(modulated_step_reference, tensors)):
         torch.testing.assert_close(ours, true, rtol=1e-13, atol=1e-13)
+    row = torch.full((2, 4), 1e-310, dtype=torch.float64, requires_grad=True)        # 1 / row overflows
+    assert all(value.isfinite().all() for value in all_orders(fused_step, (theta, grad, row, col)))
 
 
 @pytest.mark.skipif(KERNEL != "closed", reason="about the closed forms")
