@@ -55,7 +55,7 @@ def celeba():
         c = r["config"]
         loop = "none" if c["method"] == "cnp" else f"{c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
         rows.append(f"| {c['order']} {c['pixels']} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
-                    f"{loop} | {r['iterations']:,} | {r['value']:.4f} ± {r['ci95']:.4f} | "
+                    f"{loop} | {r['iterations']:,}, {c['meta_lr_schedule']} rate | {r['value']:.4f} ± {r['ci95']:.4f} | "
                     f"{CELEBA[c['method']][CELLS.index((c['order'], c['pixels']))]:.3f} | {device(r)} |")
     return "\n".join(rows)
 
