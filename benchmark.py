@@ -6,7 +6,8 @@
 
 Contenders, all on 5-way 5-shot Conv-4 with the same weights and episodes, forward, all derivatives and Adam included:
   ours         train_miniimagenet.meta_step; ours_bf16 the same with --precision bf16, where the device has it
-  ours_compiled    the same with --compile, if the flag --compiled asks for it: compilation takes minutes on a CPU
+  ours_compiled    the same with --compile, if the flag --compiled asks for it: compilation takes minutes on a CPU; and on
+               a GPU ours_cuda_graphs, with --compile cuda-graphs
   naive        tests/naive.py: the equations over the full network, one task after the other, create_graph=True, as public
                MAML codes do it; naive_bf16 the same under torch.autocast
   naive_stock  naive in a process of its own whose memory allocator is left as it comes, as published codes run
@@ -45,6 +46,7 @@ WARM_UP = 2         # after the comparison of gradients: the first steps of a pr
 FLOAT64 = 1e-8      # allowed difference of two meta-gradients, relative to their norm, in float64: rounding leaves 1e-14
 FLOAT32 = 0.5       # and in float32, where rounding flips ReLUs and winners of pools, at which the gradient jumps: 1e-5 where
                     # none flips, 0.02 to 0.2 seen after five steps. What this number lets pass, the one above does not
+COMPILED = ["ours_compiled", "ours_cuda_graphs"]
 BF16_EXCESS = 1.5   # ours in bfloat16 may be this much further from float32 than PyTorch's autocast is
 
 
@@ -100,12 +102,15 @@ class Setting:
         args = argparse.Namespace(**vars(self.args) | {"precision": "bf16"})
         mini.meta_step(self.learner, self.optimiser, args, self.batch, None)
 
-    @functools.cached_property
-    def compiled_predict(self):
-        return mini.make_predict(self.learner, argparse.Namespace(**vars(self.args) | {"compile": "default"}))
+    @functools.cache
+    def compiled_predict(self, mode: str):
+        return mini.make_predict(self.learner, argparse.Namespace(**vars(self.args) | {"compile": mode}))
 
-    def ours_compiled(self) -> None:
-        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None, predict=self.compiled_predict)
+    def ours_compiled(self, mode: str = "default") -> None:
+        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None, predict=self.compiled_predict(mode))
+
+    def ours_cuda_graphs(self) -> None:
+        self.ours_compiled("cuda-graphs")
 
     def naive(self) -> None:
         self.one_by_one(self.naive_loss)
@@ -192,7 +197,7 @@ def check_agreement(setting: Setting, small: Setting, names: list[str]) -> dict[
     """
     wide = functools.partial(mini.normalise, dtype=torch.float64)
     with mock.patch.object(mini, "normalise", lambda x, dtype=None: wide(x)):
-        for name, error in differences(small, [n for n in names if "bf16" not in n and n != "ours_compiled"]).items():
+        for name, error in differences(small, [n for n in names if "bf16" not in n and n not in COMPILED]).items():
             if not error <= FLOAT64:
                 raise RuntimeError(f"{name} disagrees: in float64 its meta-gradient is off by {error:.1e} of its norm")
     errors = differences(setting, names)
@@ -307,7 +312,7 @@ def measure_case(args: argparse.Namespace, method: str, steps: int) -> dict:
     flags = training_flags(args, "--method", method, "--inner-steps", str(steps))
     setting = Setting(flags, tasks)
     names, absent = contenders(method, setting.device)
-    names += ["ours_compiled"] * args.compiled
+    names += COMPILED[: (2 if setting.device.type == "cuda" else 1) * args.compiled]
     small = Setting([*flags, "--image-size", str(min(32, args.image_size))], 1, torch.float64)
     errors = check_agreement(setting, small, names)
     times = {name: [] for name in (*names, "naive_stock")}
@@ -333,7 +338,7 @@ def summary(name: str, times: dict[str, list[dict]], tasks: int) -> dict:
     for clock in ("seconds", "cpu_seconds"):
         taken = [turn[clock] for turn in times[name]]
         figures[f"{clock}_per_episode"] = quantiles([t / tasks for t in taken])
-        for mine in {"ours", "ours_bf16", "ours_compiled"} & times.keys():
+        for mine in {"ours", "ours_bf16", *COMPILED} & times.keys():
             figures[f"{mine}_over_this_{clock}"] = quantiles([turn[clock] / t for turn, t in zip(times[mine], taken)])
     return figures
 

@@ -299,7 +299,7 @@ def cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def describe(device: torch.device) -> dict:
+def describe(device: torch.device, module: str = "kernels.benchmark") -> dict:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
@@ -307,7 +307,7 @@ def describe(device: torch.device) -> dict:
         "auto_backend": resolve_backend("auto", device), "torch": torch.__version__,
         "triton": triton.__version__ if triton else None, "cuda": torch.version.cuda,
         "python": platform.python_version(), "system": platform.platform(),
-        "command": shlex.join([Path(sys.executable).name, "-m", "kernels.benchmark", *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.executable).name, "-m", module, *sys.argv[1:]]),
     }
 
 

@@ -45,14 +45,21 @@ CELLS = [(order, pixels) for order in ("random", "ordered") for pixels in (10, 1
 
 
 def celeba():
-    """One row a run beside the paper's cell, in the order of Table 3."""
+    """One row a run beside the paper's cell, in the order of Table 3; before them, what a linear completion reaches."""
+    linear = json.loads((HERE / "celeba/linear.json").read_text())
     rows = ["| given pixels | method | inner loop | training iterations | ours, MSE | paper, MSE (50,000 iterations) | device | training |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     order = lambda run: (CELLS.index((run[1]["config"]["order"], run[1]["config"]["pixels"])),
                          list(CELEBA).index(run[1]["config"]["method"]), run[0])
     cells = [run for run in runs("celeba") if (run[1]["config"]["order"], run[1]["config"]["pixels"]) in CELLS]
+    shown = set()
     for folder, r in sorted(cells, key=order):
         c = r["config"]
+        if (cell := f"{c['order']} {c['pixels']}") not in shown:
+            shown.add(cell)
+            bound = linear["mse"][cell]
+            rows.append(f"| {cell} | [best linear predictor](results/celeba/linear.py) | - | - | "
+                        f"{bound['value']:.4f} ± {bound['ci95']:.4f} | - | {linear['device_name']} | - |")
         loop = "none" if c["method"] == "cnp" else f"{c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
         rows.append(f"| {c['order']} {c['pixels']} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
                     f"{loop} | {r['iterations']:,}, {c['meta_lr_schedule']} rate | {r['value']:.4f} ± {r['ci95']:.4f} | "
@@ -87,14 +94,14 @@ RL = {  # Fig. 8, return after one step; "far below" and "below" where the text 
 
 def rl():
     """One row a run: returns of fresh tasks after 0, 1, ... updates."""
-    rows = ["| task | method, alpha, adapted | seed | iterations | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | distance learned (correlation) | device | training |",
+    rows = ["| task | method, alpha, adapted | seed | iterations x tasks | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | distance learned (correlation) | device | training |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for folder, r in runs("rl"):
         c = r["config"]
         first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
         what = "all tensors" if len(c["adapt"]) > 2 else ", ".join(c["adapt"])
         learned = f"{r['end_points'][1]['radius_correlation']:.2f}" if "end_points" in r else "-"
-        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} | "
+        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} x {c['meta_batch']} | "
                     f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {learned} | {device(r)} |")
     return "\n".join(rows)
 
@@ -105,7 +112,8 @@ def device(r):
 
 
 def speeds():
-    return [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"))]
+    """Of each machine the whole run, then what was timed apart; a table shows a figure of the first file that has it."""
+    return [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"), key=lambda path: path.stem)]
 
 
 def machine(s):
@@ -113,7 +121,8 @@ def machine(s):
 
 
 CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`",
-              "ours_compiled": "ours, `--compile`", "naive": "naive, tuned allocator",
+              "ours_compiled": "ours, `--compile`", "ours_cuda_graphs": "ours, `--compile cuda-graphs`",
+              "naive": "naive, tuned allocator",
               "naive_bf16": "naive, bf16 autocast", "naive_stock": "naive, stock allocator", "higher": "higher 0.2.1",
               "torchopt": "TorchOpt 0.7.3"}
 
@@ -122,10 +131,12 @@ def speed():
     """One row a machine, method and implementation: seconds per episode and what ours takes of it."""
     rows = ["| machine | method | implementation | s/episode, median [20 %, 80 %] | CPU s/episode | ours / this | ours bf16 / this |",
             "| --- | --- | --- | --- | --- | --- | --- |"]
+    shown = set()
     for s in speeds():
         for case in s["cases"]:
             what = f"{case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)}"
-            for name in (n for n in CONTENDERS if n in case["contenders"]):
+            for name in (n for n in CONTENDERS if n in case["contenders"] and (machine(s), what, n) not in shown):
+                shown.add((machine(s), what, name))
                 c = case["contenders"][name]
                 t = c["seconds_per_episode"]
                 ratio = lambda mine: f"{c[key]['median']:.2f}" if (key := f"{mine}_over_this_seconds") in c else "-"
@@ -138,8 +149,13 @@ def work():
     """One row a machine and method: what an episode computes, and how near to the machine's matrix-multiply rate (CPU time)."""
     rows = ["| machine | method | GFLOP an episode, ours / naive | float32 matrix product, GFLOP/s | ours, share of that rate |",
             "| --- | --- | --- | --- | --- |"]
+    shown = set()
     for s in speeds():
         for case in s["cases"]:
+            key = machine(s), case["method"], case["inner_steps"]
+            if key in shown:
+                continue
+            shown.add(key)
             flops, rate = case["gflop_per_episode"], s["matmul_gflops"]["float32"]
             share = flops["ours"] / case["contenders"]["ours"]["cpu_seconds_per_episode"]["median"] / rate
             rows.append(f"| {machine(s)} | {case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)} | "
@@ -181,6 +197,21 @@ def kernels():
     return "\n".join(rows)
 
 
+def convolutions():
+    """One row a machine, layer and form: GFLOP/s of the three passes."""
+    passes = ("forward", "first derivatives", "second derivatives")
+    rows = [f"| machine | tasks x images | layer | form | {' | '.join(f'{p}, GFLOP/s' for p in passes)} |",
+            f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
+    for path in sorted(HERE.glob("convolutions-*.json")):
+        file = json.loads(path.read_text())
+        found = {(r["layer"], r["form"], r["pass"]): r for r in file["rows"]}
+        for layer, form in dict.fromkeys(key[:2] for key in found):
+            cells = " | ".join(f"{found[layer, form, p]['gflops']:.0f}" for p in passes)
+            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | "
+                        f"{file['tasks']} x {file['images']} | {layer} | {form} | {cells} |")
+    return "\n".join(rows)
+
+
 def resources():
     """One row a GPU, dtype and size: registers a thread of each kernel; the largest stack and number of spills of them."""
     file = json.loads((HERE / "kernels-resources.json").read_text())
@@ -197,7 +228,8 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels, resources)}
+    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels, convolutions,
+                                                    resources)}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)
 

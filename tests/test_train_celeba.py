@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import os
 import signal
 import zipfile
@@ -31,6 +32,24 @@ def here(*flags):
     """A complete run in this process: its result."""
     celeba.main([*map(str, flags)])
     return runs.result(flags[flags.index("--out") + 1])
+
+
+# --- the linear bound (results/celeba/linear.py) ---
+
+def test_linear_completion_is_exact_on_a_subspace_and_least_squares_elsewhere():
+    path = Path(celeba.__file__).parent / "results/celeba/linear.py"
+    spec = importlib.util.spec_from_file_location("linear", path)
+    linear = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(linear)
+    rng = torch.Generator().manual_seed(0)
+    given = torch.tensor([[3, 700]])
+    flat = (torch.randn(50, 4, generator=rng) @ torch.randn(4, 3072, generator=rng)).view(50, 1024, 3)
+    assert linear.linear_errors(flat, flat[:1], given, 1e-9)[0] < 1e-6         # four degrees of freedom, six numbers given
+    noisy = torch.randn(50, 1024, 3, generator=rng)
+    known = torch.cat([noisy[:, given[0]].flatten(1), torch.ones(50, 1)], 1)
+    fit = known @ torch.linalg.lstsq(known, noisy.flatten(1)).solution
+    errors = linear.linear_errors(noisy, noisy[:5], given.expand(5, -1), 0.0)
+    assert np.allclose(errors, (fit[:5] - noisy[:5].flatten(1)).square().mean(1), rtol=1e-3)
 
 
 # --- pixels ---

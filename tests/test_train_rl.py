@@ -311,11 +311,21 @@ def test_half_cheetah_equals_gymnasium_step_by_step(simulator, monkeypatch):
 
 
 @needs_cheetah
+def test_half_of_the_cheetahs_run_each_way():
+    env = rl.HalfCheetah(rl.parse_flags(["--env", "cheetah-dir", "--threads", "1"]), torch.device("cpu"))
+    draws = [env.sample_tasks(4, torch.Generator().manual_seed(seed)).flatten() for seed in range(20)]
+    assert all(sorted(draw.tolist()) == [-1, -1, 1, 1] for draw in draws)
+    assert len({tuple(draw.tolist()) for draw in draws}) > 2                   # in random order
+
+
+@needs_cheetah
 def test_half_cheetah_velocity_rewards_the_distance_to_the_target():
     args = rl.parse_flags(["--env", "cheetah-vel", "--threads", "1"])
     env = rl.HalfCheetah(args, torch.device("cpu"))
     tasks = env.sample_tasks(500, torch.Generator().manual_seed(0))
     assert 0 <= tasks.min() < 0.1 and 1.9 < tasks.max() <= 2
+    few = env.sample_tasks(4, torch.Generator().manual_seed(1)).flatten()      # one in each quarter, in random order
+    assert sorted((few * 2).long().tolist()) == [0, 1, 2, 3] and not few.equal(few.sort().values)
     env.reset(tasks[:2], 1, torch.Generator().manual_seed(0))
     before = env.simulator.qpos[:, 0].copy()
     _, reward, _ = env.step(torch.full((2, 1, 6), 0.5))
