@@ -144,8 +144,8 @@ def _key(name: str) -> str:
 
 def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tasks: int | None, alpha: float | Tensor,
           generator: Generator | None = None, *, steps: int = 1, first_order: bool = False, refine: bool = False,
-          noise_std: float = 0.0, rng: torch.Generator | None = None, differentiable: bool = True,
-          kernel: str = "auto") -> Tensors:
+          noise_std: float = 0.0, rng: torch.Generator | None = None, normalise_context: bool = False,
+          differentiable: bool = True, kernel: str = "auto") -> Tensors:
     """Adapt `theta` to every task of a batch at once; a pure function of its arguments.
 
     Each of the K steps: g = grad L(theta); trial = theta - alpha M(0) ⊙ g; nu = -d L(trial)/d nu;
@@ -164,6 +164,8 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
             theta^0. Equal to Algorithm 1 at K = 1.
         noise_std: eta, standard deviation of the Gaussian noise added to g, drawn once per step (Section 5.4).
         rng: source of that noise, on theta's device.
+        normalise_context: divide each task's nu by its root mean square, so that what the generator reads does not depend
+            on the loss's scale; not in the paper, and needed where gradients are far smaller or larger than a classifier's.
         differentiable: keep the graph for an outer derivative; False saves memory at test time.
         kernel: "auto", "triton", "closed" or "eager", see `kernels.modulated_step`.
 
@@ -185,7 +187,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
             if generator is None:
                 raise ValueError("refine is a variant of the context update: it needs a generator")
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
-            return _refined(loss_fn, current, gradient, generator, alpha, steps, graph, kernel)
+            return _refined(loss_fn, current, gradient, generator, alpha, steps, graph, kernel, normalise_context)
         for _ in range(steps):
             if not differentiable:
                 current = {name: t.detach() for name, t in current.items()}
@@ -193,25 +195,26 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
             if generator is None:
                 current = {name: t - alpha * gradient[name] for name, t in current.items()}
             else:
-                nu = _context(loss_fn, current, gradient, generator, alpha, graph, kernel)
+                nu = _context(loss_fn, current, gradient, generator, alpha, graph, kernel, normalise_context)
                 current = _modulated(current, gradient, generator(nu), alpha, kernel)
     return current if differentiable else {name: t.detach() for name, t in current.items()}
 
 
-def _context(loss_fn, current, gradient, generator, alpha, graph, kernel, nu=None) -> Tensor:
+def _context(loss_fn, current, gradient, generator, alpha, graph, kernel, normalise, nu=None) -> Tensor:
     """Eq. 9: nu <- minus the gradient, with respect to nu, of the loss after a trial step taken with M(nu)."""
     if nu is None:
         g = next(iter(gradient.values()))
         nu = torch.zeros(len(g), generator.context_dim, device=g.device, dtype=g.dtype)   # (T, D)
     trial_loss = lambda nu: loss_fn(_modulated(current, gradient, generator(nu["nu"]), alpha, kernel))
-    return -_gradient(trial_loss, {"nu": nu}, graph)["nu"]
+    nu = -_gradient(trial_loss, {"nu": nu}, graph)["nu"]
+    return nu * torch.rsqrt(nu.square().mean(1, keepdim=True) + 1e-12) if normalise else nu     # 1e-12: nu may be zero
 
 
-def _refined(loss_fn, start, gradient, generator, alpha, steps, graph, kernel) -> Tensors:
+def _refined(loss_fn, start, gradient, generator, alpha, steps, graph, kernel, normalise) -> Tensors:
     """The released code's K > 1: 2K passes from the same weights and gradient; each pass replaces nu."""
     nu = None
     for _ in range(2 * steps - 1):
-        nu = _context(loss_fn, start, gradient, generator, alpha, graph, kernel, nu)
+        nu = _context(loss_fn, start, gradient, generator, alpha, graph, kernel, normalise, nu)
     return _modulated(start, gradient, generator(nu), alpha, kernel)
 
 

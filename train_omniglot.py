@@ -899,14 +899,18 @@ def disagreement(learner: Learner, args: argparse.Namespace, batches: Batches) -
 
 
 def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 3) -> None:
-    """--benchmark: seconds of Reptile's meta-step, all tasks in lock-step against `naive_reptile`, interleaved."""
+    """--benchmark: seconds of Reptile's meta-step, all tasks in lock-step against `naive_reptile`, interleaved.
+
+    With --precision bf16 ours keeps its activations in bfloat16, the naive one stays float32.
+    """
     learner = build_learner(argparse.Namespace(**{**vars(args), "method": "reptile"}), device)
     split = split_alphabets(synthetic_drawings(), args.train_alphabets, args.seed, device)["train"]
     rng = torch.Generator().manual_seed(args.seed)
     batches = draw_batches(split.train, choose_alphabets(len(split.names), args.meta_batch, rng), args.inner_steps,
                            args.batch, rng)
     fresh = lambda: fresh_statistics(args.meta_batch, args, device)
-    contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, batches, fresh())),
+    ours = batches._replace(dtype=activation_type(args))
+    contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, ours, fresh())),
                   "naive": lambda: naive_reptile(learner, args, batches)}
     taken = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -916,7 +920,7 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 3) 
             taken[name].append(time.perf_counter() - began)
     ours, theirs = (float(np.median(taken[name])) for name in contenders)
     print(f"reptile, {args.meta_batch} tasks x {args.inner_steps} steps x {args.batch} images, {args.channels} filters "
-          f"on {device}, {torch.get_num_threads()} thread(s): {60 / ours:.1f} meta-steps a minute, naive "
+          f"on {device}, {args.precision}, {torch.get_num_threads()} thread(s): {60 / ours:.1f} meta-steps a minute, naive "
           f"{60 / theirs:.1f}, ratio {theirs / ours:.2f}; they differ by {disagreement(learner, args, batches):.1e}")
 
 

@@ -73,6 +73,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
     method.add_argument("--init", choices=("identity", "released"), default="identity",
                         help="M at the start of training: 1 (MAML), or PyTorch's default layers (near 0)")
+    method.add_argument("--normalise-context", action=argparse.BooleanOptionalAction, default=None,
+                        help="modgrad: divide nu by its root mean square; without it psi hardly learns on nav (default: on)")
     method.add_argument("--gamma", type=positive_float, default=0.95, help="discount (CAVIA's code: 0.95)")
     method.add_argument("--gae-lambda", type=non_negative_float, default=1.0, help="lambda of GAE (CAVIA's code: 1)")
     method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
@@ -107,6 +109,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method, the environment or --smoke, and refuse combinations that mean nothing."""
     fill_in(args, DEFAULTS[args.method])
+    if args.normalise_context is None:
+        args.normalise_context = args.method == "modgrad"
+    if args.normalise_context and args.method != "modgrad":
+        raise UsageError(f"--normalise-context is about modgrad's nu; {args.method} has none")
     if args.action_scale is None:
         args.action_scale = 0.1 if args.env == "nav" else 1.0
     if (args.method == "cavia") != (args.adapt == ["context"]):
@@ -453,7 +459,7 @@ def adapted_policy(learner: Learner, current: Tensors, batch: Batch, args: argpa
             return -(likelihood * batch.advantages * batch.weights).sum(1)
 
         return adapt(loss, current, None, rate * args.inner_lr, learner.generator, differentiable=differentiable,
-                     kernel=args.kernel)
+                     normalise_context=args.normalise_context, kernel=args.kernel)
 
 
 # --- meta-train ------------------------------------------------------------------------------------------------------

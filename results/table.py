@@ -78,7 +78,8 @@ def omniglot():
         c = r["config"]
         few = c["protocol"] == "few-shot"
         what = f"{c['ways']}-way {c['shots']}-shot" if few else f"multi-shot, {c['channels']} filters"
-        rows.append(f"| {what} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
+        method = c["method"] + (f", psi at {c['psi_lr']:g}" if c["method"] == "modgrad" and not few else "")
+        rows.append(f"| {what} | [{method}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
                     f"{r['meta_steps']:,} x {c['meta_batch']} tasks | {c['inner_steps']} / {c['inner_steps'] if few else c['test_steps']} | "
                     f"{r['seed']} | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
                     f"{'-' if few else OMNIGLOT.get(c['method'], '-')} | {device(r)} |")

@@ -2,7 +2,7 @@
 
 Left: return after one update while meta-training; right: return of the trained policies against the number of updates
 on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed. Shorter runs than the
-longest of an environment are left out.
+longest of an environment and method are left out.
 """
 
 import json
@@ -36,11 +36,11 @@ def draw(axes, x, ys, method):
 def figure(env):
     picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
     results = {path.parent: json.loads(path.read_text()) for path in sorted(HERE.glob(f"{env}-*-seed*/result.json"))}
-    longest = max(r["iterations"] for r in results.values())
     for method in COLOURS:
-        runs = [run for run, r in results.items() if r["iterations"] == longest and r["config"]["method"] == method]
-        if not runs:
+        lengths = {run: r["iterations"] for run, r in results.items() if r["config"]["method"] == method}
+        if not lengths:
             continue
+        runs = [run for run, length in lengths.items() if length == max(lengths.values())]
         draw(left, *curves(runs), method)
         returns = np.array([results[run]["returns"] for run in runs])
         draw(right, np.arange(returns.shape[1]), returns, method)
