@@ -11,7 +11,8 @@ action.
 
 DEVIATION: the paper's form of ModGrad for this experiment is in a supplement that is not public. Here the inner
 gradient is the policy gradient on the tensors of --adapt, modulated as everywhere else, with nu from the same roll-outs
-(Eq. 9); TRPO takes the outer step on theta and psi together.
+(Eq. 9), divided by its root mean square; TRPO takes the outer step on theta and psi together. Without the division nu is
+so small on navigation that M stays 1 and ModGrad stays MAML (results/rl).
 """
 
 from __future__ import annotations

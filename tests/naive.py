@@ -50,9 +50,10 @@ def step_once(loss, theta, g, psi, nu, alpha, u):
     return {**theta, **{n: theta[n] - alpha * m[n] * g[n] for n in g}}
 
 
-def context(loss, theta, g, psi, nu, alpha, u):
-    """Eq. 9."""
-    return -torch.autograd.grad(loss(step_once(loss, theta, g, psi, nu, alpha, u)), nu, create_graph=True)[0]
+def context(loss, theta, g, psi, nu, alpha, u, normalise=False):
+    """Eq. 9; `normalise` divides by the root mean square."""
+    nu = -torch.autograd.grad(loss(step_once(loss, theta, g, psi, nu, alpha, u)), nu, create_graph=True)[0]
+    return nu / torch.sqrt((nu ** 2).mean() + 1e-12) if normalise else nu
 
 
 def gradient(loss, theta, adapted, noise):
@@ -60,19 +61,21 @@ def gradient(loss, theta, adapted, noise):
     return {n: g + (noise[n] if noise else 0) for n, g in zip(adapted, grads)}
 
 
-def adapt_one(loss, theta, adapted, psi, alpha, context_dim, u, steps=1, first_order=False, refine=False, noise=None):
+def adapt_one(loss, theta, adapted, psi, alpha, context_dim, u, steps=1, first_order=False, refine=False, noise=None,
+              normalise_context=False):
     """Algorithm 1 for one task; loss maps {name: tensor} to a scalar; noise is a list with one {name: tensor} a step."""
     zero = lambda: torch.zeros(context_dim, dtype=next(iter(theta.values())).dtype, requires_grad=True)
     if refine:                                # the authors' released code: one gradient, 2 K passes, nu replaced each pass
         g, nu = gradient(loss, theta, adapted, None), zero()
         for _ in range(2 * steps):
-            stepped, nu = step_once(loss, theta, g, psi, nu, alpha, u), context(loss, theta, g, psi, nu, alpha, u)
+            stepped = step_once(loss, theta, g, psi, nu, alpha, u)
+            nu = context(loss, theta, g, psi, nu, alpha, u, normalise_context)
         return stepped
     for k in range(steps):
         g = gradient(loss, theta, adapted, noise[k] if noise else None)
         if first_order:
             g = {n: t.detach() for n, t in g.items()}
-        nu = context(loss, theta, g, psi, zero(), alpha, u) if psi else None
+        nu = context(loss, theta, g, psi, zero(), alpha, u, normalise_context) if psi else None
         if first_order and psi:
             nu = nu.detach()
         theta = step_once(loss, theta, g, psi, nu, alpha, u)

@@ -112,10 +112,26 @@ def test_modgrad_equals_naive(dtype, steps, kernel, monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {"init": "released"}, {"factors": "natural"}, {"refine": True, "steps": 2}, {"refine": True, "steps": 1},
+    {"normalise_context": True, "steps": 2}, {"normalise_context": True, "refine": True, "steps": 2},
     {"first_order": True, "steps": 2}, {"adapted": ["conv1.weight", "norm2.weight", "head.weight", "head.bias"]},
 ], ids=str)
 def test_variants_equal_naive(options):
     compare(torch.float64, **options)
+
+
+def test_a_normalised_context_does_not_depend_on_the_scale_of_the_loss():
+    theta, chain, generator = network(torch.float64)
+    support_x, support_y = episode(torch.float64)[:2]
+    prefix, suffix = chain.split(ADAPTED)
+    features = prefix(theta, support_x)
+
+    def adapted(scale, normalise):
+        loss = lambda part: scale * cross_entropy(suffix({**theta, **part}, features), support_y)
+        return adapt(loss, {n: theta[n] for n in ADAPTED}, TASKS, 0.3 / scale, generator, normalise_context=normalise)
+
+    assert_close(adapted(10.0, True), adapted(1.0, True), 1e-6)         # 1e-12 beside nu's mean square
+    with pytest.raises(AssertionError):
+        assert_close(adapted(10.0, False), adapted(1.0, False), 1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

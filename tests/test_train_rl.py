@@ -144,7 +144,8 @@ def naive_inner_step(args, learner, start, batch, t, rate):
 
     start = {name: tensor[t].detach().requires_grad_() for name, tensor in start.items()}
     psi = dict(learner.generator.named_parameters()) if learner.generator else None
-    return naive.adapt_one(loss, start, list(start), psi, rate * args.inner_lr, args.context_dim, args.rank)
+    return naive.adapt_one(loss, start, list(start), psi, rate * args.inner_lr, args.context_dim, args.rank,
+                           normalise_context=args.normalise_context)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -413,6 +414,7 @@ def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     (["--env", "moon"], "moon"),
     (["--adapt", "fc9.weight"], "fc9.weight"),
     (["--method", "cavia", "--adapt", "fc1.weight"], "cavia"),
+    (["--method", "maml", "--normalise-context"], "--normalise-context"),
     (["--render", "film.gif"], "--render"),
     (["--rollouts", "0"], "rollouts"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
