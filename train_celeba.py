@@ -80,6 +80,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--first-order", action="store_true", help="no second derivatives")
     method.add_argument("--refine", action="store_true",
                         help="the authors' released code for K > 1: 2K passes refine nu, always from theta^0")
+    method.add_argument("--normalise-context", action="store_true",
+                        help="divide nu by its root mean square, a departure from Eq. 9: psi then learns from the start")
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
                         help="eta, standard deviation of noise on the inner gradient")
     method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
@@ -120,8 +122,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.method == "cnp" and (args.adapt or args.inner_steps or args.inner_lr):
         raise UsageError("cnp has no inner loop: leave out --adapt, --inner-steps and --inner-lr")
     fill_in(args, DEFAULTS[args.method])
-    if args.refine and args.method != "modgrad":
-        raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
+    for flag in ("refine", "normalise_context"):
+        if getattr(args, flag) and args.method != "modgrad":
+            raise UsageError(f"--{flag.replace('_', '-')} is a variant of ModGrad's context update: use --method modgrad")
     for name in ("pixels", "outer_pixels"):
         if getattr(args, name) > PIXELS:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but an image has {PIXELS} pixels")
@@ -376,7 +379,8 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, given: Tensor,
         loss = lambda adapted: squared_error(learner.suffix({**theta, **adapted}, support), given_colours)
         adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, args.inner_lr, learner.generator,
                         steps=args.inner_steps, first_order=args.first_order, refine=args.refine,
-                        noise_std=args.gradient_noise, rng=rng, differentiable=train, kernel=args.kernel)
+                        normalise_context=args.normalise_context, noise_std=args.gradient_noise, rng=rng,
+                        differentiable=train, kernel=args.kernel)
         return learner.suffix({**theta, **adapted}, features[wanted].expand(tasks, -1, -1))
 
 
@@ -555,7 +559,8 @@ def one_at_a_time(learner: Learner, args: argparse.Namespace, batch) -> Tensor:
     for target, given in zip(*batch[:2]):
         support = lambda theta: F.mse_loss(naive.mlp_output(theta, x[given]), target[given])
         adapted = naive.adapt_one(support, learner.theta, learner.adapted, psi, args.inner_lr, args.context_dim,
-                                  args.rank, args.inner_steps, args.first_order)
+                                  args.rank, args.inner_steps, args.first_order,
+                                  normalise_context=args.normalise_context)
         loss = F.mse_loss(naive.mlp_output(adapted, x), target) / len(batch[0])
         loss.backward()
         losses.append(loss.detach())

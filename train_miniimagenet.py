@@ -81,6 +81,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--first-order", action="store_true", help="no second derivatives (fomaml implies it)")
     method.add_argument("--refine", action="store_true",
                         help="the authors' released code for K > 1: 2K passes refine nu, always from theta^0")
+    method.add_argument("--normalise-context", action="store_true",
+                        help="divide nu by its root mean square, a departure from Eq. 9: psi then learns from the start")
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
                         help="eta, standard deviation of noise on the inner gradient (Fig. 9)")
     method.add_argument("--batch-norm", choices=("transductive", "support"), default="transductive",
@@ -114,8 +116,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
     fill_in(args, DEFAULTS[args.method])
     args.first_order |= args.method == "fomaml"
-    if args.refine and args.method != "modgrad":
-        raise UsageError("--refine is a variant of ModGrad's context update; it needs --method modgrad")
+    for flag in ("refine", "normalise_context"):
+        if getattr(args, flag) and args.method != "modgrad":
+            raise UsageError(f"--{flag.replace('_', '-')} is a variant of ModGrad's context update: use --method modgrad")
     if args.compile and args.gradient_noise:
         raise UsageError("--compile cannot draw --gradient-noise from the run's own generator: leave one of them out")
     if args.compile == "cuda-graphs" and args.task_chunk:
@@ -634,7 +637,8 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
         adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, args.inner_lr, learner.generator,
                         steps=args.inner_steps, first_order=args.first_order, refine=args.refine,
-                        noise_std=args.gradient_noise, rng=rng, differentiable=train, kernel=args.kernel)
+                        normalise_context=args.normalise_context, noise_std=args.gradient_noise, rng=rng,
+                        differentiable=train, kernel=args.kernel)
         adapted = {**theta, **adapted}
         if args.batch_norm == "transductive":
             return learner.suffix(adapted, learner.prefix(theta, query_x))

@@ -329,6 +329,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(complete_run, monkeypat
     (["--adapt", "fc9.weight"], "fc9.weight"),
     (["--method", "cnp", "--inner-steps", "2"], "cnp has no inner loop"),
     (["--method", "maml", "--refine"], "--refine"),
+    (["--method", "cavia", "--normalise-context"], "--normalise-context"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--smoke", "--download"], "--smoke"),
     (["--kernel", "triton"], "triton"),

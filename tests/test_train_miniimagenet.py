@@ -110,6 +110,7 @@ def test_a_compiled_trajectory_of_thirty_steps_is_the_eager_one(method):
     (["--adapt", "conv9.weight"], "conv9.weight"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--method", "maml", "--refine"], "--refine"),
+    (["--method", "maml", "--normalise-context"], "--normalise-context"),
     (["--compile", "--gradient-noise", "0.1"], "--gradient-noise"),
     (["--compile", "cuda-graphs", "--task-chunk", "1"], "--task-chunk"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
