@@ -33,6 +33,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from common import keep_freed_memory
 from kernels.modulate import modulated_step, modulated_step_reference, resolve_backend, triton
 
 BIASES = [(1, 64), (1, 64)]
@@ -365,6 +366,7 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_flags()
     device = torch.device(args.device)
+    keep_freed_memory()                  # as the training scripts do: else a CPU mostly waits for pages of fresh memory
     about = describe(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['threads']} threads, "
           f"{args.dtype}; kernel \"auto\" means {about['auto_backend']} here")
