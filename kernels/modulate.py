@@ -407,8 +407,8 @@ def _in_float32(launch):
 def _signed_mask(sign: int, row, col):
     """s m, (T, n1, n2)."""
     if sign > 0:
-        return (row[:, :, None] * col[:, None, :]).relu_()
-    return (row.neg()[:, :, None] * col[:, None, :]).clamp_max_(0)
+        return (row.unsqueeze(2) * col.unsqueeze(1)).relu_()
+    return (row.neg().unsqueeze(2) * col.unsqueeze(1)).clamp_max_(0)
 
 
 def _inverse(v):
@@ -703,7 +703,7 @@ def _run_closed(entries, step: bool) -> list:
 def _small(*entry):
     """The formula with one temporary less: (theta,) grad, row, col -> y."""
     *theta, grad, row, col = entry
-    m = torch.relu(row[:, :, None] * col[:, None, :])
+    m = torch.relu(row.unsqueeze(2) * col.unsqueeze(1))
     return torch.addcmul(theta[0], m, grad, value=-1) if theta else m * grad
 
 
@@ -730,6 +730,12 @@ def _checked_lists(names, groups) -> list:
 
 def _check_entry(names, entry, where: str, first: torch.Tensor) -> None:
     """Raise unless the tensors of one step fit together; `first` is the grad that sets dtype, device, T."""
+    shapes, dtype, device = [tensor.shape for tensor in entry], first.dtype, first.device
+    tasks, *size = shapes[-3] if len(shapes[-3]) == 3 else (0,)
+    if (shapes[-2:] == [(tasks, n) for n in size] and tasks == first.shape[0] and entry[-3].numel() and dtype in DTYPES
+            and (len(names) == 3 or shapes[0] == tuple(size) or shapes[0] == shapes[1])
+            and all(tensor.dtype == dtype and tensor.device == device for tensor in entry)):
+        return                               # the usual case, in a few microseconds; what follows says what is wrong
     for name, tensor in zip(names, entry):
         if tensor.dtype not in DTYPES or tensor.dtype != first.dtype:
             raise TypeError(f"{name}{where} has dtype {tensor.dtype} beside a grad of {first.dtype}: all "
