@@ -478,7 +478,9 @@ def evaluate(learner: Learner, args: argparse.Namespace, images: Tensor, what: s
 def load_run(run: str | Path, device: torch.device) -> tuple[argparse.Namespace, Learner]:
     """The settings of a finished or running run and its learner with the weights of the best validation."""
     try:
-        args = argparse.Namespace(**json.loads((Path(run) / "config.json").read_text()))
+        recorded = json.loads((Path(run) / "config.json").read_text())
+        defaults = vars(parse_flags(["--method", recorded["method"]]))         # of flags that are younger than the run
+        args = argparse.Namespace(**{**defaults, **recorded})
         checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
         learner = build_learner(args, device)
         learner.load(checkpoint["now"]["best"] or checkpoint["weights"])

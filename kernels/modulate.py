@@ -573,8 +573,8 @@ class _ModulateDoubleBackward(Function):
         return _fold_vmap(_ModulateDoubleBackward, info, in_dims, arguments)
 
 
-for _function in (_Modulate, _ModulateBackward, _ModulateDoubleBackward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)      # apply() asks for it: 30 us where it is not kept
+for _function in (_Modulate, _ModulateBackward, _ModulateDoubleBackward):      # apply() asks for it, 30 us where it is not kept
+    _function.forward.__signature__ = inspect.signature(_function.forward)
 
 
 def _double_backward_formula(sign, has_x, *tensors) -> tuple:

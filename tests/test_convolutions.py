@@ -1,4 +1,4 @@
-"""The comparison of per-task convolutions: all forms agree, a wrong one stops the run, and the command writes what it printed."""
+"""Per-task convolutions: all forms agree, a wrong one stops the run, the command writes what it printed."""
 
 import json
 
