@@ -101,6 +101,7 @@ def rl():
         c = r["config"]
         first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
         what = "all tensors" if len(c["adapt"]) > 2 else ", ".join(c["adapt"])
+        what += ", nu normalised" * c.get("normalise_context", False)
         learned = f"{r['end_points'][1]['radius_correlation']:.2f}" if "end_points" in r else "-"
         rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} x {c['meta_batch']} | "
                     f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {learned} | {device(r)} |")

@@ -16,8 +16,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"modgrad": "tab:red", "cavia": "tab:green", "maml": "tab:blue"}
+COLOURS = {"modgrad": "tab:red", "modgrad, nu as in Eq. 9": "tab:orange", "cavia": "tab:green", "maml": "tab:blue"}
 WINDOW = 10                     # iterations of the running mean on the left: 20 tasks of one iteration are few
+
+
+def label(config):
+    plain = config["method"] == "modgrad" and not config.get("normalise_context")
+    return "modgrad, nu as in Eq. 9" if plain else config["method"]
 
 
 def curves(runs):
@@ -37,7 +42,7 @@ def figure(env):
     picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
     results = {path.parent: json.loads(path.read_text()) for path in sorted(HERE.glob(f"{env}-*-seed*/result.json"))}
     for method in COLOURS:
-        lengths = {run: r["iterations"] for run, r in results.items() if r["config"]["method"] == method}
+        lengths = {run: r["iterations"] for run, r in results.items() if label(r["config"]) == method}
         if not lengths:
             continue
         runs = [run for run, length in lengths.items() if length == max(lengths.values())]
