@@ -29,6 +29,7 @@ def miniimagenet():
         c = r["config"]
         what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
         what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensors"
+        what += ", nu normalised" * c.get("normalise_context", False)
         what += ", bf16" if c["precision"] == "bf16" else ""
         what += ", SYNTHETIC" if r["synthetic"] else ""
         rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {c['shots']} | {c['image_size']} | {r['episodes']:,} | "
