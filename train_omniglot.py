@@ -909,8 +909,8 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 3) 
     batches = draw_batches(split.train, choose_alphabets(len(split.names), args.meta_batch, rng), args.inner_steps,
                            args.batch, rng)
     fresh = lambda: fresh_statistics(args.meta_batch, args, device)
-    ours = batches._replace(dtype=activation_type(args))
-    contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, ours, fresh())),
+    in_precision = batches._replace(dtype=activation_type(args))
+    contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, in_precision, fresh())),
                   "naive": lambda: naive_reptile(learner, args, batches)}
     taken = {name: [] for name in contenders}
     for _ in range(repeats):
