@@ -21,8 +21,10 @@ import argparse
 import contextlib
 import importlib.util
 import math
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,7 +101,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--updates", type=positive_int, default=3, help="updates shown, each on its own roll-outs")
     test.add_argument("--later-rate", type=positive_float, default=0.5,
                       help="alpha is times this for the updates after the first, not trained for (MAML's code: 0.5)")
-    test.add_argument("--render", metavar="FILE.gif", help="film an adapted cheetah (needs a working OpenGL)")
+    test.add_argument("--render", metavar="FILE", help="film a cheetah before and after an update, into a .gif or .mp4 "
+                      "(needs a working OpenGL; with --resume a finished run is filmed)")
     test.add_argument("--benchmark", action="store_true",
                       help="only measure environment steps per second, beside gymnasium's vector environment")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run in under a minute")
@@ -119,8 +122,10 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if (args.method == "cavia") != (args.adapt == ["context"]):
         raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia changes its context and "
                          "nothing else, the others have none")
-    if args.render and (args.env == "nav" or not args.render.endswith(".gif")):
-        raise UsageError("--render films a cheetah into a file that ends in .gif; navigation draws trajectories.png")
+    if args.render and (args.env == "nav" or not args.render.endswith((".gif", ".mp4"))):
+        raise UsageError("--render films a cheetah into a file that ends in .gif or .mp4; navigation draws trajectories.png")
+    if args.render and args.render.endswith(".mp4") and not importlib.util.find_spec("imageio_ffmpeg"):
+        raise UsageError("--render needs imageio-ffmpeg for .mp4: pip install imageio-ffmpeg, or name a .gif")
     if args.smoke:
         vars(args).update(SMOKE)
     args.out = args.out or f"runs/rl/{args.env}-{args.method}-seed{args.seed}"
@@ -648,24 +653,32 @@ def draw_trajectories(path: Path, goals: Tensor, stages: list[Rollouts], title: 
     plt.close(figure)
 
 
-def render_gif(path: Path, env: HalfCheetah, observations: Tensor, label: str, every: int = 2) -> None:
-    """Film one roll-out, observations (H, 20), from its states; without a working OpenGL say so and go on."""
+def render_film(path: Path, env: HalfCheetah, rollouts: Sequence[Tensor], label: str, every: int = 2) -> None:
+    """Film roll-outs, observations (H, 20) each, side by side from their states; without a working OpenGL say so and go on."""
     import mujoco
-    from PIL import Image
     try:
-        renderer = mujoco.Renderer(env.model, 240, 320)
+        renderer = mujoco.Renderer(env.model, 176, 240)
     except Exception as error:                                           # each GL backend has its own exceptions
         print(f"no film: MuJoCo cannot open an OpenGL context ({type(error).__name__}: {error}); install libosmesa6 or "
               "libegl1 and set MUJOCO_GL=osmesa or egl", flush=True)
         return
     data, frames = mujoco.MjData(env.model), []
-    for row in observations[::every].double().cpu().numpy():
-        data.qpos[:] = np.concatenate([row[17:18], row[:8]])             # the torso's x is the root's
-        mujoco.mj_forward(env.model, data)
-        renderer.update_scene(data, camera="track")
-        frames.append(Image.fromarray(renderer.render()).quantize(64))
+    for moment in zip(*(o[::every].double().cpu().numpy() for o in rollouts)):
+        views = []
+        for row in moment:
+            data.qpos[:] = np.concatenate([row[17:18], row[:8]])         # the torso's x is the root's
+            mujoco.mj_forward(env.model, data)
+            renderer.update_scene(data, camera="track")
+            views.append(renderer.render())
+        frames.append(np.concatenate(views, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=int(1000 * DT * every), loop=0)
+    if path.suffix == ".mp4":
+        import imageio
+        imageio.mimwrite(path, frames, fps=round(1 / (DT * every)))
+    else:
+        from PIL import Image
+        first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
+        first.save(path, save_all=True, append_images=others, duration=int(1000 * DT * every), loop=0)
     print(f"film of {label}: {path}", flush=True)
 
 
@@ -710,6 +723,8 @@ def gymnasium_rollout(envs: int, horizon: int) -> Callable[[], None]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     device = setup(args)
+    if args.render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")            # read when mujoco is imported; its default needs a display
     try:
         backend = resolve_backend(args.kernel, device)
         env = ENVIRONMENTS[args.env](args, device)
@@ -732,7 +747,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.env == "nav":
         draw_trajectories(run / "trajectories.png", tasks, stages, label)
     if args.render:
-        render_gif(Path(args.render), env, stages[1].observations[0, 0], f"task {tasks[0].tolist()}")
+        before, after = (stage.observations[0, 0] for stage in stages[:2])
+        render_film(Path(args.render), env, (before, after), f"task {tasks[0].tolist()}, before and after one update")
     more = {"end_points": [end_points(tasks, stage) for stage in stages]} if args.env == "nav" else {}
     write_result(run, device, {
         **more, "metric": "return after one update", "value": value, "ci95": ci95, "tasks": args.test_tasks,

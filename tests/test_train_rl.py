@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import naive
 import runs
@@ -395,12 +396,24 @@ def test_half_cheetah_runs_and_repeats_exactly(tmp_path):
 
 @needs_cheetah
 @pytest.mark.filterwarnings("ignore")      # glfw warns that there is no display
-def test_a_film_is_made_or_its_absence_explained(tmp_path, capsys):
-    args = rl.parse_flags(["--env", "cheetah-dir"])
-    env, film = rl.HalfCheetah(args, torch.device("cpu")), tmp_path / "film.gif"
-    rl.render_gif(film, env, torch.zeros(6, 20), "a standing cheetah")
-    printed = capsys.readouterr().out
-    assert film.exists() if "film of" in printed else "OpenGL" in printed and "MUJOCO_GL" in printed
+@pytest.mark.parametrize("kind", ["gif", "mp4"])
+def test_a_film_is_made_or_its_absence_explained(kind, tmp_path):
+    """In a process of its own, as MUJOCO_GL is read once: a run of one iteration, filmed before and after its update."""
+    if kind == "mp4" and not importlib.util.find_spec("imageio_ffmpeg"):
+        pytest.skip("imageio-ffmpeg is not installed")
+    film = tmp_path / f"film.{kind}"
+    flags = [*TINY, "--env", "cheetah-dir", "--iterations", "1", "--test-tasks", "2", "--render", str(film)]
+    done = subprocess.run([sys.executable, "train_rl.py", *flags, "--out", str(tmp_path / "run")], cwd=runs.ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if "no film" in done.stdout:
+        assert "OpenGL" in done.stdout and "MUJOCO_GL" in done.stdout
+    elif kind == "gif":
+        with Image.open(film) as gif:
+            assert gif.n_frames > 1 and gif.size == (480, 176)      # two views side by side
+            assert len(set(gif.convert("L").getdata())) > 10        # something is to be seen
+    else:
+        assert b"ftyp" in film.read_bytes()[:16]
 
 
 def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
@@ -416,6 +429,7 @@ def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     (["--method", "cavia", "--adapt", "fc1.weight"], "cavia"),
     (["--method", "maml", "--normalise-context"], "--normalise-context"),
     (["--render", "film.gif"], "--render"),
+    (["--env", "cheetah-dir", "--render", "film.avi"], ".mp4"),
     (["--rollouts", "0"], "rollouts"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
 ])
