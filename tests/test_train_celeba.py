@@ -34,22 +34,45 @@ def here(*flags):
     return runs.result(flags[flags.index("--out") + 1])
 
 
-# --- the linear bound (results/celeba/linear.py) ---
+# --- completions by the training images' statistics (results/celeba/linear.py) ---
 
-def test_linear_completion_is_exact_on_a_subspace_and_least_squares_elsewhere():
+@pytest.fixture(scope="module")
+def linear():
     path = Path(celeba.__file__).parent / "results/celeba/linear.py"
     spec = importlib.util.spec_from_file_location("linear", path)
-    linear = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(linear)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_linear_completion_is_exact_on_a_subspace_and_least_squares_elsewhere(linear):
     rng = torch.Generator().manual_seed(0)
+    errors = lambda train, test, given, ridge: linear.completion_errors(
+        linear.one_gaussian(train.flatten(1)), test, given, ridge, "test")
     given = torch.tensor([[3, 700]])
     flat = (torch.randn(50, 4, generator=rng) @ torch.randn(4, 3072, generator=rng)).view(50, 1024, 3)
-    assert linear.linear_errors(flat, flat[:1], given, 1e-9)[0] < 1e-6         # four degrees of freedom, six numbers given
+    assert errors(flat, flat[:1], given, 1e-6)[0] < 1e-6             # four degrees of freedom, six numbers given
     noisy = torch.randn(50, 1024, 3, generator=rng)
     known = torch.cat([noisy[:, given[0]].flatten(1), torch.ones(50, 1)], 1)
     fit = known @ torch.linalg.lstsq(known, noisy.flatten(1)).solution
-    errors = linear.linear_errors(noisy, noisy[:5], given.expand(5, -1), 0.0)
-    assert np.allclose(errors, (fit[:5] - noisy[:5].flatten(1)).square().mean(1), rtol=1e-3)
+    found = errors(noisy, noisy[:5], given.expand(5, -1), 0.0)
+    assert np.allclose(found, (fit[:5] - noisy[:5].flatten(1)).square().mean(1), rtol=1e-3)
+
+
+def test_a_mixture_completes_what_no_linear_rule_can(linear):
+    """Two kinds of images around opposite means, each with a pattern of its own: the given pixels tell the kind."""
+    rng = torch.Generator().manual_seed(0)
+    centre, patterns = 0.3 * torch.randn(3072, generator=rng), 0.1 * torch.randn(2, 3072, generator=rng)
+    kind, size = torch.arange(600) % 2, torch.randn(600, 1, generator=rng)
+    images = (2 * kind - 1)[:, None] * centre + size * patterns[kind] + 0.01 * torch.randn(600, 3072, generator=rng)
+    test, given = images[:20].view(20, 1024, 3), torch.tensor([[5, 90, 333, 801]]).expand(20, -1)
+    mixture = linear.fit_mixture(images, 2, 20, 10, prior=1.0)
+    assert torch.allclose(mixture.shares, torch.full((2,), 0.5).double(), atol=0.01)
+    means = mixture.means[(mixture.means.float() @ centre).argsort()]
+    assert (means - torch.stack([-centre, centre])).abs().max() < 0.1
+    one, two = (np.mean(linear.completion_errors(model, test, given, 1e-4, "test"))
+                for model in (linear.one_gaussian(images), mixture))
+    assert two < 0.5 * one
 
 
 # --- pixels ---

@@ -1,19 +1,24 @@
-"""What a linear completion can reach: the four cells of Table 3 by the best linear predictor of the training images.
+"""What a completion can reach that knows the training images' statistics: the four cells of Table 3.
 
-    python results/celeba/linear.py --json results/celeba/linear.json          # CelebA in data/celeba
+    python results/celeba/linear.py --json results/celeba/linear.json          # CelebA in data/celeba, a quarter of an hour
 
-With mu and C the mean and covariance of the training images' 3,072 numbers and S those of the given pixels, an image y is
-completed as mu + C[:, S] (C[S, S] + ridge I)^-1 (y_S - mu_S), the linear rule of least squared error for these very places. It
-is given C, which a meta-learner has to find in its weights, and knows nothing that is not linear. Pixels and test images are
-those of train_celeba.py's evaluation.
+Linear: with mu and C the mean and covariance of the training images' 3,072 numbers and S those of the given pixels, an image
+y is completed as mu + C[:, S] (C[S, S] + ridge I)^-1 (y_S - mu_S), the linear rule of least squared error for these very
+places. It is given C, which a meta-learner has to find in its weights, and knows nothing that is not linear.
+
+Mixture: the same in each of K Gaussians, weighted by how likely each makes the given pixels, which is the best completion
+if images were drawn from the mixture, and not linear. It is fitted by EM to the leading principal components; what lies
+outside them keeps its overall covariance. Pixels and test images are those of train_celeba.py's evaluation.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -23,42 +28,105 @@ from common import describe_machine, mean_ci95, progress  # noqa: E402
 CELLS = [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]
 
 
-def linear_errors(train: torch.Tensor, test: torch.Tensor, given: torch.Tensor, ridge: float) -> list[float]:
-    """Mean squared error of each completed image: train (I, P, 3), test (T, P, 3), given (T, k) pixel numbers."""
-    train, test = train.flatten(1), test.flatten(1).double()
+class Mixture(NamedTuple):
+    """K Gaussians over the n numbers of an image, in float64."""
+    shares: torch.Tensor            # (K,), sum 1
+    means: torch.Tensor             # (K, n)
+    covariances: torch.Tensor       # (K, n, n)
+
+
+def one_gaussian(train: torch.Tensor) -> Mixture:
+    """Mean and covariance of the images (I, n)."""
     mean = train.mean(0)
-    covariance = ((train - mean).T @ (train - mean) / len(train)).double()
-    mean, errors = mean.double(), []
-    with progress(len(test), 0, f"{given.shape[1]} pixels") as bar:
-        for image, pixels in zip(test, given):
-            known = (pixels.unsqueeze(1) * 3 + torch.arange(3)).flatten()
-            inner = covariance[known][:, known] + ridge * torch.eye(len(known), dtype=torch.float64)
-            completed = mean + torch.linalg.solve(inner, image[known] - mean[known]) @ covariance[known]
-            errors.append((completed - image).square().mean().item())
-            bar.update(1)
+    covariance = (train - mean).T @ (train - mean) / len(train)
+    return Mixture(torch.ones(1).double(), mean[None].double(), covariance[None].double())
+
+
+def fit_mixture(train: torch.Tensor, components: int, dims: int, rounds: int, prior: float = 200.0) -> Mixture:
+    """EM on the images (I, n) in their `dims` leading principal components, from k-means on the first 20.
+
+    A component's covariance is drawn towards 0.3 of the overall variances, with the weight of `prior` images."""
+    whole = one_gaussian(train)
+    variances, axes = torch.linalg.eigh(whole.covariances[0])
+    variances, axes = variances[-dims:].float(), axes[:, -dims:].float()
+    z = (train - whole.means[0].float()) @ axes                                                   # (I, dims)
+    share = nn.functional.one_hot(k_means(z[:, -20:], components), components).float()           # (I, K)
+    for _ in progress_over(rounds, f"EM, {components} components"):
+        size = share.sum(0)
+        means = share.T @ z / size[:, None]
+        centred = [(z - mean) * s.sqrt()[:, None] for mean, s in zip(means, share.T)]
+        covariances = torch.stack([(c.T @ c + prior * 0.3 * variances.diag()) / (n + prior) for c, n in zip(centred, size)])
+        factors = torch.linalg.cholesky(covariances)
+        white = [torch.linalg.solve_triangular(f, (z - mean).T, upper=False) for f, mean in zip(factors, means)]
+        log = torch.stack([-w.square().sum(0) / 2 - f.diagonal().log().sum() for w, f in zip(white, factors)], 1)
+        share = (log + (size / len(z)).log()).softmax(1)
+    outside = whole.covariances[0] - (axes * variances @ axes.T).double()
+    return Mixture((size / len(z)).double(), whole.means + (means @ axes.T).double(),
+                   torch.stack([(axes @ c @ axes.T).double() + outside for c in covariances]))
+
+
+def k_means(z: torch.Tensor, count: int, rounds: int = 20) -> torch.Tensor:
+    """The cluster of each row."""
+    centres = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:count]]
+    for _ in range(rounds):
+        nearest = torch.cdist(z, centres).argmin(1)
+        centres = torch.stack([z[nearest == k].mean(0) if (nearest == k).any() else centres[k] for k in range(count)])
+    return nearest
+
+
+def completion_errors(model: Mixture, test: torch.Tensor, given: torch.Tensor, ridge: float, what: str) -> list[float]:
+    """Mean squared error of each completed image: test (T, P, 3), given (T, k) pixel numbers."""
+    errors = []
+    for t in progress_over(len(test), what):
+        image, known = test[t].flatten().double(), (given[t].unsqueeze(1) * 3 + torch.arange(3)).flatten()
+        rows = model.covariances[:, known]                                                        # (K, |S|, n)
+        factor = torch.linalg.cholesky(rows[:, :, known] + ridge * torch.eye(len(known), dtype=torch.float64))
+        off = (image[known] - model.means[:, known]).unsqueeze(2)
+        solved = torch.cholesky_solve(off, factor)                                                # (K, |S|, 1)
+        log = -(off * solved).sum((1, 2)) / 2 - factor.diagonal(dim1=1, dim2=2).log().sum(1) + model.shares.log()
+        completed = log.softmax(0) @ (model.means + (solved.mT @ rows).squeeze(1))
+        errors.append((completed - image).square().mean().item())
     return errors
+
+
+def progress_over(count: int, what: str):
+    with progress(count, 0, what) as bar:
+        for k in range(count):
+            yield k
+            bar.update(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data/celeba", help="folder with CelebA")
     parser.add_argument("--ridge", type=float, default=1e-4, help="added to the variances (colours are in [0, 1])")
+    parser.add_argument("--components", type=int, default=12, help="K, Gaussians of the mixture")
+    parser.add_argument("--dims", type=int, default=200, help="principal components in which they are fitted")
+    parser.add_argument("--rounds", type=int, default=40, help="of EM")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     splits = {name: torch.from_numpy(images.copy()) for name, images in train_celeba.load_splits(args.data).items()}
-    train, test = train_celeba.colours(splits["train"]), train_celeba.colours(splits["test"])
-    results = {"mean image": mean_ci95((test - train.mean(0)).square().mean((1, 2)).tolist())}
+    train, test = train_celeba.colours(splits["train"]).flatten(1), train_celeba.colours(splits["test"])
+
+    def cell(model: Mixture, order: str, k: int, what: str) -> dict:
+        given = train_celeba.sample_pixels(len(test), k, order, torch.Generator().manual_seed(train_celeba.EVALUATION_SEED))
+        value, ci95 = mean_ci95(completion_errors(model, test, given, args.ridge, f"{what}, {order} {k}"))
+        print(f"{what}, {order} {k}: {value:.4f} ± {ci95:.4f} over {len(test)} test images", flush=True)
+        return {"value": value, "ci95": ci95}
+
+    figures = {"command": "python results/celeba/linear.py " + " ".join(sys.argv[1:]), "ridge": args.ridge,
+               "training_images": len(train), "test_images": len(test), **describe_machine(torch.device("cpu"))}
+    value, ci95 = mean_ci95((test.flatten(1) - train.mean(0)).square().mean(1).tolist())
+    figures["mse"] = {"mean image": {"value": value, "ci95": ci95}}
     for order, k in CELLS:
-        rng = torch.Generator().manual_seed(train_celeba.EVALUATION_SEED)
-        given = train_celeba.sample_pixels(len(test), k, order, rng)
-        results[f"{order} {k}"] = mean_ci95(linear_errors(train, test, given, args.ridge))
-    for cell, (value, ci95) in results.items():
-        print(f"{cell}: {value:.4f} ± {ci95:.4f} over {len(test)} test images")
+        figures["mse"][f"{order} {k}"] = cell(one_gaussian(train), order, k, "linear")
+    figures["random_10_by_training_images"] = {
+        n: cell(one_gaussian(train[:n]), "random", 10, f"linear, {n} training images") for n in (1_500, 3_000, 6_000)}
+    mixture = fit_mixture(train, args.components, args.dims, args.rounds)
+    figures["mixture"] = {"components": args.components, "dims": args.dims, "rounds": args.rounds, "mse": {
+        f"{order} {k}": cell(mixture, order, k, f"mixture of {args.components}") for order, k in CELLS}}
     if args.json:
-        args.json.write_text(json.dumps({
-            "command": "python results/celeba/linear.py " + " ".join(sys.argv[1:]), "ridge": args.ridge,
-            "training_images": len(train), "test_images": len(test), **describe_machine(torch.device("cpu")),
-            "mse": {cell: {"value": value, "ci95": ci95} for cell, (value, ci95) in results.items()}}, indent=1) + "\n")
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
