@@ -60,12 +60,14 @@ def test_linear_completion_is_exact_on_a_subspace_and_least_squares_elsewhere(li
 
 
 def test_a_mixture_completes_what_no_linear_rule_can(linear):
-    """Two kinds of images around opposite means, each with a pattern of its own: the given pixels tell the kind."""
+    """Two kinds of images around opposite means, with five patterns of their own each: nine numbers are given, which tell
+    the kind and then its five sizes, but not eleven sizes at once."""
     rng = torch.Generator().manual_seed(0)
-    centre, patterns = 0.3 * torch.randn(3072, generator=rng), 0.1 * torch.randn(2, 3072, generator=rng)
-    kind, size = torch.arange(600) % 2, torch.randn(600, 1, generator=rng)
-    images = (2 * kind - 1)[:, None] * centre + size * patterns[kind] + 0.01 * torch.randn(600, 3072, generator=rng)
-    test, given = images[:20].view(20, 1024, 3), torch.tensor([[5, 90, 333, 801]]).expand(20, -1)
+    centre, patterns = 0.3 * torch.randn(3072, generator=rng), 0.1 * torch.randn(2, 5, 3072, generator=rng)
+    kind, size = torch.arange(600) % 2, torch.randn(600, 1, 5, generator=rng)
+    images = (2 * kind - 1)[:, None] * centre + (size @ patterns[kind])[:, 0]
+    images += 0.01 * torch.randn(600, 3072, generator=rng)
+    test, given = images[:20].view(20, 1024, 3), torch.tensor([[5, 90, 333]]).expand(20, -1)
     mixture = linear.fit_mixture(images, 2, 20, 10, prior=1.0)
     assert torch.allclose(mixture.shares, torch.full((2,), 0.5).double(), atol=0.01)
     means = mixture.means[(mixture.means.float() @ centre).argsort()]

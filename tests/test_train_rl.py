@@ -226,11 +226,17 @@ def quadratic_trial(x, sign):
 
 
 def test_the_outer_step_keeps_the_kl_bound(double):
-    args, x = rl.parse_flags(["--damping", "0"]), torch.nn.Parameter(torch.zeros(4))
+    args, x = rl.parse_flags(["--damping", "0", "--max-kl", "0.01"]), torch.nn.Parameter(torch.zeros(4))
     kl, trials = rl.trpo_step([x], torch.ones(4), 0.0, lambda v: v, quadratic_trial(x, 1.0), args)
     assert trials == 3 and kl <= args.max_kl                                   # 0.02, then 0.8² and 0.8⁴ of it
     assert kl == pytest.approx(0.02 * 0.8**4, rel=1e-9)                        # float64 rounding
     assert (x < 0).all()
+
+
+def test_the_kl_bound_grows_with_the_dimensions_of_the_action():
+    bound = lambda *flags: rl.parse_flags(list(flags)).max_kl
+    assert (bound("--env", "nav"), bound("--env", "cheetah-vel")) == (0.02, 0.06)
+    assert bound("--env", "cheetah-dir", "--max-kl", "0.01") == 0.01
 
 
 def test_an_outer_step_that_fails_leaves_the_parameters(double):
