@@ -315,6 +315,8 @@ def _remove_leftovers(run: Path) -> None:
 
 
 def _check_same(before: dict, now: dict, run: Path, may_change: Set[str]) -> None:
+    """A flag that is younger than the run, and off, is no other setting."""
+    before = {**{k: value for k, value in now.items() if not value}, **before}
     differs = sorted(k for k in {*before, *now} - MAY_CHANGE - may_change if before.get(k) != now.get(k))
     if differs:
         changes = "; ".join(f"{k} was {before.get(k)!r}, is {now.get(k)!r}" for k in differs)

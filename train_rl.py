@@ -37,7 +37,7 @@ from common import (Training, UsageError, add_run_flags, append_log, check_finit
                     mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
                     save_atomically, setup, write_result)
 from kernels import resolve_backend
-from modgrad import Chain, Generator, Tensors, adapt, mlp
+from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -61,6 +61,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--action-scale", type=positive_float,
                       help="multiplies the policy's actions before they are clipped (default: nav 0.1, as in MAML's "
                            "code: the range is 0.1, so that sigma 1 would saturate it and hide the mean; cheetah 1)")
+    task.add_argument("--hide-x", action="store_true",
+                      help="half-cheetah: hide the torso's place along the track from the policy, as Gym's own observation "
+                           "does; CAVIA's has it, and a policy that runs farther than ever before meets values it never saw")
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad")
@@ -126,6 +129,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if (args.method == "cavia") != (args.adapt == ["context"]):
         raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia changes its context and "
                          "nothing else, the others have none")
+    if args.hide_x and args.env == "nav":
+        raise UsageError("--hide-x is about half-cheetah's observation; navigation has no torso")
     if args.render and (args.env == "nav" or not args.render.endswith((".gif", ".mp4"))):
         raise UsageError("--render films a cheetah into a file that ends in .gif or .mp4; navigation draws trajectories.png")
     if args.render and args.render.endswith(".mp4") and not importlib.util.find_spec("imageio_ffmpeg"):
@@ -168,6 +173,7 @@ class Navigation:
 
 INSTALL = "pip install mujoco gymnasium"
 DT, SUBSTEPS = 0.05, 5          # seconds of a control step, physics steps in it (Gym's half_cheetah)
+TORSO_X = 17                    # index in the observation of the torso's x, which is the root's
 
 
 class HalfCheetah:
@@ -361,9 +367,14 @@ def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learne
         nn.init.zeros_(t) if name.endswith("bias") else nn.init.xavier_uniform_(t)
     theta["log_std"] = torch.full((env.action,), math.log(args.init_std))
     theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
+    first = []
+    if args.hide_x:
+        shown = (torch.arange(env.observation, device=device) != TORSO_X).float()
+        first.append(Stage((), lambda theta, x, support: x * shown))
     if args.method == "cavia":
-        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(()), network, None)
+        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(first), network, None)
     prefix, suffix = network.split([name for name in args.adapt if name != "log_std"])
+    prefix = Chain([*first, *prefix.stages])
     start = {name: theta[name] for name in args.adapt}
     generator = None
     if args.method == "modgrad":
@@ -670,7 +681,7 @@ def render_film(path: Path, env: HalfCheetah, rollouts: Sequence[Tensor], label:
     for moment in zip(*(o[::every].double().cpu().numpy() for o in rollouts)):
         views = []
         for row in moment:
-            data.qpos[:] = np.concatenate([row[17:18], row[:8]])         # the torso's x is the root's
+            data.qpos[:] = np.concatenate([row[TORSO_X:TORSO_X + 1], row[:8]])
             mujoco.mj_forward(env.model, data)
             renderer.update_scene(data, camera="track")
             views.append(renderer.render())

@@ -422,6 +422,17 @@ def test_a_film_is_made_or_its_absence_explained(kind, tmp_path):
         assert b"ftyp" in film.read_bytes()[:16]
 
 
+@pytest.mark.parametrize("method", ["modgrad", "maml", "cavia"])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_policy_sees_the_place_along_the_track_unless_it_is_hidden(method, hidden):
+    args = rl.parse_flags(["--env", "cheetah-dir", "--method", method, "--hidden", "8", *["--hide-x"] * hidden])
+    learner = rl.build_learner(args, rl.HalfCheetah, torch.device("cpu"))
+    here = torch.randn(2, 5, 20)
+    there = here.index_add(2, torch.tensor([17]), torch.ones(2, 5, 1))                # a metre further, nothing else
+    output = lambda o: rl.distribution(learner, learner.unadapted(2), learner.prefix(learner.theta, o))[0]
+    assert torch.equal(output(here), output(there)) == hidden
+
+
 def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     code = f"import sys, train_rl; train_rl.main({TINY + ['--benchmark']}); assert 'mujoco' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True, timeout=120)
@@ -436,6 +447,7 @@ def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     (["--method", "maml", "--normalise-context"], "--normalise-context"),
     (["--render", "film.gif"], "--render"),
     (["--env", "cheetah-dir", "--render", "film.avi"], ".mp4"),
+    (["--env", "nav", "--hide-x"], "--hide-x"),
     (["--rollouts", "0"], "rollouts"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
 ])

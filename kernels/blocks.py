@@ -1,0 +1,140 @@
+"""Times what follows a convolution in Conv-4, batch norm, max-pool 2 and ReLU: forward, first and second derivatives.
+
+    python -m kernels.blocks --compiled --json results/blocks-cpu.json      # Conv-4's layers on the best device here
+    python -m kernels.blocks --images 75
+
+    pytorch     batch norm, ReLU, max-pool, all of PyTorch's own, as MAML codes write it
+    closed      kernels/layers.py's batch norm with its closed double backward, then max-pool, then ReLU, as modgrad.py
+    compile     torch.compile of `pytorch` with its derivatives by torch.func in one graph, if --compiled asks for it:
+                compilation takes minutes on a CPU
+
+Each pass starts afresh and holds those before it, so that what the compiler chooses to recompute counts: "second derivatives"
+is forward, first and second. Activations are channels-last on a CPU. Before anything is timed every result is compared with
+`pytorch` in float64.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common import keep_freed_memory
+from kernels.benchmark import describe, time_on_cpu, time_on_gpu, why_not, write_json
+from kernels.layers import batch_norm
+
+SIDES = {"conv1": 84, "conv2": 42, "conv3": 21, "conv4": 10}             # H = W after each convolution at 84 pixels
+PASSES = ("forward", "first derivatives", "second derivatives")
+TOLERANCE = 1e-3        # of the largest entry: float32 statistics over up to N H W = 176,400 numbers, squared by the second
+
+
+def pytorch_block(x, gamma, beta):
+    """x (N, C, H, W), gamma and beta (C) -> (N, C, H/2, W/2)."""
+    return F.max_pool2d(F.relu(F.batch_norm(x, None, None, gamma, beta, training=True)), 2)
+
+
+def closed_block(x, gamma, beta):
+    return F.relu(F.max_pool2d(batch_norm(x, gamma, beta), 2))
+
+
+def eager_passes(block: Callable, x, gamma, beta, G, U, p, q) -> dict[str, Callable]:
+    """{pass: function} by autograd.grad. G: cotangent of the output; U, p, q: of the first derivatives."""
+    inputs, G = [t.detach().requires_grad_() for t in (x, gamma, beta)], G.detach().requires_grad_()
+    first = lambda **options: torch.autograd.grad(block(*inputs), inputs, G, **options)
+    return {"forward": lambda: [block(*inputs)],
+            "first derivatives": first,
+            "second derivatives": lambda: torch.autograd.grad(first(create_graph=True), [G, *inputs[:2]], [U, p, q])}
+
+
+def compiled_passes(block: Callable, *data) -> dict[str, Callable]:
+    """The same where torch.compile sees the block and its derivatives as one function."""
+    vjp = torch.func.vjp
+    first = lambda x, gamma, beta, G: vjp(block, x, gamma, beta)[1](G)
+
+    def second(x, gamma, beta, G, U, p, q):
+        to_x, to_gamma, to_G = vjp(lambda x, gamma, G: first(x, gamma, beta, G), x, gamma, G)[1]((U, p, q))
+        return to_G, to_x, to_gamma
+
+    def bound(function, arguments):
+        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        return lambda: compiled(*arguments)
+
+    return {"forward": bound(lambda *inputs: [block(*inputs)], data[:3]), "first derivatives": bound(first, data[:4]),
+            "second derivatives": bound(second, data)}
+
+
+def make_data(images: int, channels: int, side: int, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    large, small = (images, channels, side, side), (images, channels, side // 2, side // 2)
+    data = [normal(*large), 0.5 + torch.rand(channels, generator=generator), normal(channels), normal(*small),
+            normal(*large), normal(channels), normal(channels)]
+    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    return [t.to(device).contiguous(memory_format=layout) if t.dim() == 4 else t.to(device) for t in data]
+
+
+def check_agreement(contenders: dict[str, dict[str, Callable]], data: list[torch.Tensor]) -> None:
+    """Raise RuntimeError where a result differs from `pytorch` in float64 by more than TOLERANCE of the largest entry."""
+    exact = eager_passes(pytorch_block, *(t.double() for t in data))
+    for name_of_pass in PASSES:
+        true = exact[name_of_pass]()
+        for name, functions in contenders.items():
+            for ours, b in zip(functions[name_of_pass](), true, strict=True):
+                error = ((ours.double() - b).abs().max() / b.abs().max()).item()
+                if not error <= TOLERANCE:
+                    raise RuntimeError(f"{name}, {name_of_pass}: off by {error:.1e} of the largest entry; nothing was timed")
+
+
+def measure(layer: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """One row a pass and form for one layer."""
+    data = make_data(args.images, args.channels, SIDES[layer], device)
+    contenders = {"pytorch": eager_passes(pytorch_block, *data), "closed": eager_passes(closed_block, *data)}
+    if args.compiled:
+        torch.compiler.reset()
+        contenders["compile"] = compiled_passes(pytorch_block, *data)
+    check_agreement(contenders, data)
+    timer, rows = time_on_gpu if device.type == "cuda" else time_on_cpu, []
+    for name_of_pass in PASSES:
+        times = timer({name: of[name_of_pass] for name, of in contenders.items()}, args.seconds)
+        for name, (low, median, high) in times.items():
+            rows.append({"layer": layer, "pass": name_of_pass, "form": name, "median_ms": median, "p20_ms": low,
+                         "p80_ms": high, "times_faster_than_pytorch": times["pytorch"][1] / median})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--layers", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="of Conv-4 at 84 pixels")
+    parser.add_argument("--images", type=int, default=25, help="N (25: the support set of a 5-way 5-shot task)")
+    parser.add_argument("--channels", type=int, default=64, help="C")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    if min(args.images, args.channels, args.threads or 1) < 1:
+        parser.error("--images, --channels and --threads must be at least 1")
+    device = torch.device(args.device)
+    if args.compiled and (reason := why_not("compile", device)):
+        parser.error(reason)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()                                      # as the training scripts do
+    about = describe(device, "kernels.blocks")
+    print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); {args.images} images, {args.channels} channels")
+    print(f"{'layer':8}{'pass':20}{'form':10}{'ms (20 %, 80 %)':>27}{'x pytorch':>11}")
+    rows = []
+    for layer in args.layers:
+        for row in measure(layer, args, device):
+            rows.append(row)
+            spread = f"{row['median_ms']:.2f} ({row['p20_ms']:.2f}, {row['p80_ms']:.2f})"
+            print(f"{row['layer']:8}{row['pass']:20}{row['form']:10}{spread:>27}"
+                  f"{row['times_faster_than_pytorch']:>11.2f}", flush=True)
+        if args.json:                                        # after each layer: a run cut short leaves what it has
+            write_json(args.json, {**about, "images": args.images, "channels": args.channels, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
