@@ -48,7 +48,7 @@ DEFAULTS = {                    # what differs between the methods
     "maml": {"inner_lr": 0.1, "adapt": [*LAYERS, "log_std"]},
     "cavia": {"inner_lr": 1.0, "adapt": ["context"]},
 }
-EXTENSIBLE = {"iterations", "test_tasks", "updates", "later_rate", "render"}     # no training step depends on these
+EXTENSIBLE = {"iterations", "test_tasks", "test_rollouts", "updates", "later_rate", "render"}   # no training step needs them
 SMOKE = {"iterations": 4, "meta_batch": 4, "rollouts": 5, "test_tasks": 6, "context_dim": 16, "log_every": 1,
          "checkpoint_every": 2}
 
@@ -103,6 +103,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
     test = parser.add_argument_group("test")
     test.add_argument("--test-tasks", type=positive_int, default=40, help="fresh tasks to evaluate (MAML's code: 40)")
+    test.add_argument("--test-rollouts", type=positive_int,
+                      help="R of the evaluation, for the updates and the returns (default: --rollouts); more of them show "
+                           "what the noise of the inner gradient costs")
     test.add_argument("--updates", type=positive_int, default=3, help="updates shown, each on its own roll-outs")
     test.add_argument("--later-rate", type=positive_float, default=0.5,
                       help="alpha is times this for the updates after the first, not trained for (MAML's code: 0.5)")
@@ -137,6 +140,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--render needs imageio-ffmpeg for .mp4: pip install imageio-ffmpeg, or name a .gif")
     if args.smoke:
         vars(args).update(SMOKE)
+    args.test_rollouts = args.test_rollouts or args.rollouts
     args.out = args.out or f"runs/rl/{args.env}-{args.method}-seed{args.seed}"
     return args
 
@@ -627,7 +631,7 @@ def evaluate(learner: Learner, env, args: argparse.Namespace, run: Path) -> tupl
     policy, stages = learner.unadapted(len(tasks)), []
     for update in range(args.updates + 1):
         where = f"evaluation after {update} updates"
-        stages.append(collect(env, tasks, learner, policy, args.rollouts, rng, where, run))
+        stages.append(collect(env, tasks, learner, policy, args.test_rollouts, rng, where, run))
         if update < args.updates:
             rate = 1.0 if update == 0 else args.later_rate
             policy = adapted_policy(learner, policy, Batch.of(stages[-1], args), args, differentiable=False, rate=rate)

@@ -96,15 +96,15 @@ RL = {  # Fig. 8, return after one step; "far below" and "below" where the text 
 
 def rl():
     """One row a run: returns of fresh tasks after 0, 1, ... updates."""
-    rows = ["| task | method, alpha, adapted | seed | iterations x tasks | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | distance learned (correlation) | device | training |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows = ["| task | method, alpha, adapted | seed | iterations x tasks | KL bound | environment steps | return before / after 1, 2, 3 updates | paper, after 1 | distance learned (correlation) | device | training |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for folder, r in runs("rl"):
         c = r["config"]
         first, *after = (f"{m:.1f} ± {h:.1f}" for m, h in zip(r["returns"], r["returns_ci95"]))
         what = "all tensors" if len(c["adapt"]) > 2 else ", ".join(c["adapt"])
-        what += ", nu normalised" * c.get("normalise_context", False)
+        what += ", nu normalised" * c.get("normalise_context", False) + ", x hidden" * c.get("hide_x", False)
         learned = f"{r['end_points'][1]['radius_correlation']:.2f}" if "end_points" in r else "-"
-        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} x {c['meta_batch']} | "
+        rows.append(f"| {c['env']} | [{c['method']}](results/{folder.relative_to(HERE)}), {c['inner_lr']:g}, {what} | {r['seed']} | {r['iterations']:,} x {c['meta_batch']} | {c['max_kl']:g} | "
                     f"{r['env_steps'] / 1e6:.1f} M | {first} / {', '.join(after)} | {RL[c['env'], c['method']]} | {learned} | {device(r)} |")
     return "\n".join(rows)
 
@@ -215,6 +215,22 @@ def convolutions():
     return "\n".join(rows)
 
 
+def blocks():
+    """One row a machine, layer and form: milliseconds of the three passes, each with those before it."""
+    passes = ("forward", "first derivatives", "second derivatives")
+    rows = [f"| machine | images | layer | form | {' | '.join(f'{p}: ms, times faster than PyTorch' for p in passes)} |",
+            f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
+    for path in sorted(HERE.glob("blocks-*.json")):
+        file = json.loads(path.read_text())
+        found = {(r["layer"], r["form"], r["pass"]): r for r in file["rows"]}
+        for layer, form in dict.fromkeys(key[:2] for key in found):
+            cells = " | ".join(f"{r['median_ms']:.1f}, {r['times_faster_than_pytorch']:.2f}"
+                               for r in (found[layer, form, p] for p in passes))
+            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | {file['images']} | "
+                        f"{layer} | {form} | {cells} |")
+    return "\n".join(rows)
+
+
 def resources():
     """One row a GPU, dtype and size: registers a thread of each kernel; the largest stack and number of spills of them."""
     file = json.loads((HERE / "kernels-resources.json").read_text())
@@ -231,7 +247,7 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels, convolutions,
+    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels, convolutions, blocks,
                                                     resources)}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)

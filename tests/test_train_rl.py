@@ -400,6 +400,15 @@ def test_half_cheetah_runs_and_repeats_exactly(tmp_path):
     assert (tmp_path / "a/log.jsonl").read_text() == (tmp_path / "b/log.jsonl").read_text()
 
 
+def test_the_evaluation_may_take_more_roll_outs_than_training():
+    args = rl.parse_flags([*TINY, "--test-rollouts", "7"])
+    env = rl.Navigation(args, torch.device("cpu"))
+    learner = rl.build_learner(args, env, torch.device("cpu"))
+    _, stages = rl.evaluate(learner, env, args, Path("nowhere"))
+    assert [stage.rewards.shape[:2] for stage in stages] == [(5, 7)] * 4             # before and after three updates
+    assert rl.parse_flags(TINY).test_rollouts == 3
+
+
 @needs_cheetah
 @pytest.mark.filterwarnings("ignore")      # glfw warns that there is no display
 @pytest.mark.parametrize("kind", ["gif", "mp4"])

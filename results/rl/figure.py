@@ -1,8 +1,8 @@
 """Draw Fig. 8 from the runs committed here: python results/rl/figure.py nav [cheetah-dir cheetah-vel].
 
 Left: return after one update while meta-training; right: return of the trained policies against the number of updates
-on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed. Shorter runs than the
-longest of an environment and method are left out.
+on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed. Of an environment and
+method only the runs with the most tasks an iteration are drawn, and of these the longest.
 """
 
 import json
@@ -16,13 +16,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"modgrad": "tab:red", "modgrad, nu as in Eq. 9": "tab:orange", "cavia": "tab:green", "maml": "tab:blue"}
+COLOURS = {"modgrad": "tab:red", "modgrad, nu as in Eq. 9": "tab:orange", "cavia": "tab:green", "maml": "tab:blue",
+           "modgrad, x hidden": "tab:pink", "maml, x hidden": "tab:cyan"}
 WINDOW = 10                     # iterations of the running mean on the left: 20 tasks of one iteration are few
 
 
 def label(config):
     plain = config["method"] == "modgrad" and not config.get("normalise_context")
-    return "modgrad, nu as in Eq. 9" if plain else config["method"]
+    return "modgrad, nu as in Eq. 9" if plain else config["method"] + ", x hidden" * config.get("hide_x", False)
 
 
 def curves(runs):
@@ -42,10 +43,11 @@ def figure(env):
     picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
     results = {path.parent: json.loads(path.read_text()) for path in sorted(HERE.glob(f"{env}-*-seed*/result.json"))}
     for method in COLOURS:
-        lengths = {run: r["iterations"] for run, r in results.items() if label(r["config"]) == method}
-        if not lengths:
+        sizes = {run: (r["config"]["meta_batch"], r["iterations"]) for run, r in results.items()
+                 if label(r["config"]) == method}
+        if not sizes:
             continue
-        runs = [run for run, length in lengths.items() if length == max(lengths.values())]
+        runs = [run for run, size in sizes.items() if size == max(sizes.values())]
         draw(left, *curves(runs), method)
         returns = np.array([results[run]["returns"] for run in runs])
         draw(right, np.arange(returns.shape[1]), returns, method)
