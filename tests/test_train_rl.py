@@ -233,6 +233,13 @@ def test_the_outer_step_keeps_the_kl_bound(double):
     assert (x < 0).all()
 
 
+def test_cavia_has_more_context_and_a_larger_rate_on_half_cheetah():
+    size = lambda *flags: [getattr(rl.parse_flags(list(flags)), name) for name in ("cavia_context", "inner_lr")]
+    assert size("--method", "cavia") == [5, 1.0] and size("--env", "cheetah-dir") == [5, 0.1]
+    assert size("--method", "cavia", "--env", "cheetah-vel") == [50, 10.0]
+    assert size("--method", "cavia", "--env", "cheetah-dir", "--cavia-context", "2") == [2, 10.0]
+
+
 def test_the_kl_bound_grows_with_the_dimensions_of_the_action():
     bound = lambda *flags: rl.parse_flags(list(flags)).max_kl
     assert (bound("--env", "nav"), bound("--env", "cheetah-vel")) == (0.02, 0.06)
