@@ -15,13 +15,12 @@ whole, with `pytorch` in float64.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from common import keep_freed_memory
-from kernels.benchmark import describe, time_on_cpu, time_on_gpu, why_not, write_json
+from kernels.benchmark import time_on_cpu, time_on_gpu, why_not
+from kernels.convolutions import parser_with_flags, run
 from kernels.layers import batch_norm
 
 SIDES = {"conv1": 84, "conv2": 42, "conv3": 21, "conv4": 10}             # H = W after each convolution at 84 pixels
@@ -104,36 +103,16 @@ def measure(layer: str, args: argparse.Namespace, device: torch.device) -> list[
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--layers", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="of Conv-4 at 84 pixels")
-    parser.add_argument("--images", type=int, default=25, help="N (25: the support set of a 5-way 5-shot task)")
+    parser = parser_with_flags(__doc__, SIDES)
     parser.add_argument("--channels", type=int, default=64, help="C")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args(argv)
     if min(args.images, args.channels, args.threads or 1) < 1:
         parser.error("--images, --channels and --threads must be at least 1")
-    device = torch.device(args.device)
-    if args.compiled and (reason := why_not("compile", device)):
+    if args.compiled and (reason := why_not("compile", torch.device(args.device))):
         parser.error(reason)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    keep_freed_memory()                                      # as the training scripts do
-    about = describe(device, "kernels.blocks")
-    print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); {args.images} images, {args.channels} channels")
-    print(f"{'layer':8}{'pass':20}{'form':10}{'ms (20 %, 80 %)':>27}{'x pytorch':>11}")
-    rows = []
-    for layer in args.layers:
-        for row in measure(layer, args, device):
-            rows.append(row)
-            spread = f"{row['median_ms']:.2f} ({row['p20_ms']:.2f}, {row['p80_ms']:.2f})"
-            print(f"{row['layer']:8}{row['pass']:20}{row['form']:10}{spread:>27}"
-                  f"{row['times_faster_than_pytorch']:>11.2f}", flush=True)
-        if args.json:                                        # after each layer: a run cut short leaves what it has
-            write_json(args.json, {**about, "images": args.images, "channels": args.channels, "rows": rows})
+    run(args, "kernels.blocks", measure, {"images": args.images, "channels": args.channels},
+        lambda row: f"{row['times_faster_than_pytorch']:.2f} x pytorch")
 
 
 if __name__ == "__main__":

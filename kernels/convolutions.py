@@ -123,34 +123,44 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[d
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_with_flags(description: str, layers: dict) -> argparse.ArgumentParser:
+    """The flags that this command and `python -m kernels.blocks` share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=list(LAYERS), help="of Conv-4 at 84 pixels")
-    parser.add_argument("--tasks", type=int, default=3, help="T (3: the meta-batch of the paper)")
+    parser.add_argument("--layers", nargs="+", choices=tuple(layers), default=list(layers), help="of Conv-4 at 84 pixels")
     parser.add_argument("--images", type=int, default=25, help="N, images of a task (25: 5 ways, 5 shots)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args(argv)
-    if min(args.tasks, args.images, args.threads or 1) < 1:
-        parser.error("--tasks, --images and --threads must be at least 1")
+    return parser
+
+
+def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, figures: Callable) -> None:
+    """Measure all layers, print a table and write it with `more` into the JSON file, after each layer: a run cut short
+    leaves what it has. figures: row -> its text after the times."""
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()                                      # as the training scripts do
     device = torch.device(args.device)
-    about = describe(device, "kernels.convolutions")
-    print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); {args.tasks} tasks x {args.images} images")
-    print(f"{'layer':8}{'pass':20}{'form':14}{'ms (20 %, 80 %)':>27}{'GFLOP/s':>10}{'x loop':>8}")
-    rows = []
+    about, rows = describe(device, module) | more, []
+    print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); {more}")
     for name in args.layers:
         for row in measure(name, args, device):
             rows.append(row)
-            spread = f"{row['median_ms']:.2f} ({row['p20_ms']:.2f}, {row['p80_ms']:.2f})"
-            print(f"{row['layer']:8}{row['pass']:20}{row['form']:14}{spread:>27}{row['gflops']:>10.1f}"
-                  f"{row['times_faster_than_loop']:>8.2f}", flush=True)
-        if args.json:                                        # after each layer: a run cut short leaves what it has
-            write_json(args.json, {**about, "tasks": args.tasks, "images": args.images, "rows": rows})
+            spread = f"{row['median_ms']:.2f} ms ({row['p20_ms']:.2f}, {row['p80_ms']:.2f})"
+            print(f"{row['layer']:8}{row['pass']:20}{row['form']:14}{spread:>34}  {figures(row)}", flush=True)
+        if args.json:
+            write_json(args.json, {**about, "rows": rows})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = parser_with_flags(__doc__, LAYERS)
+    parser.add_argument("--tasks", type=int, default=3, help="T (3: the meta-batch of the paper)")
+    args = parser.parse_args(argv)
+    if min(args.tasks, args.images, args.threads or 1) < 1:
+        parser.error("--tasks, --images and --threads must be at least 1")
+    run(args, "kernels.convolutions", measure, {"tasks": args.tasks, "images": args.images},
+        lambda row: f"{row['gflops']:6.1f} GFLOP/s, {row['times_faster_than_loop']:.2f} x loop")
 
 
 if __name__ == "__main__":

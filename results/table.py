@@ -200,34 +200,31 @@ def kernels():
     return "\n".join(rows)
 
 
+PASSES = ("forward", "first derivatives", "second derivatives")
+
+
 def convolutions():
     """One row a machine, layer and form: GFLOP/s of the three passes."""
-    passes = ("forward", "first derivatives", "second derivatives")
-    rows = [f"| machine | tasks x images | layer | form | {' | '.join(f'{p}, GFLOP/s' for p in passes)} |",
-            f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
-    for path in sorted(HERE.glob("convolutions-*.json")):
-        file = json.loads(path.read_text())
-        found = {(r["layer"], r["form"], r["pass"]): r for r in file["rows"]}
-        for layer, form in dict.fromkeys(key[:2] for key in found):
-            cells = " | ".join(f"{found[layer, form, p]['gflops']:.0f}" for p in passes)
-            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | "
-                        f"{file['tasks']} x {file['images']} | {layer} | {form} | {cells} |")
-    return "\n".join(rows)
+    return by_layer("convolutions", "tasks x images", lambda file: f"{file['tasks']} x {file['images']}", "GFLOP/s",
+                    lambda row: f"{row['gflops']:.0f}")
 
 
 def blocks():
-    """One row a machine, layer and form: milliseconds of the three passes, each with those before it."""
-    passes = ("forward", "first derivatives", "second derivatives")
-    rows = [f"| machine | images | layer | form | {' | '.join(f'{p}: ms, times faster than PyTorch' for p in passes)} |",
-            f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
-    for path in sorted(HERE.glob("blocks-*.json")):
+    """The same for what follows a convolution; each pass is timed with those before it."""
+    return by_layer("blocks", "images", lambda file: file["images"], "ms (times faster than PyTorch)",
+                    lambda row: f"{row['median_ms']:.1f} ({row['times_faster_than_pytorch']:.2f})")
+
+
+def by_layer(name, size_title, size, unit, cell):
+    rows = [f"| machine | {size_title} | layer | form | {' | '.join(f'{p}, {unit}' for p in PASSES)} |",
+            f"| --- | --- | --- | --- | {' | '.join('---' for _ in PASSES)} |"]
+    for path in sorted(HERE.glob(f"{name}-*.json")):
         file = json.loads(path.read_text())
         found = {(r["layer"], r["form"], r["pass"]): r for r in file["rows"]}
         for layer, form in dict.fromkeys(key[:2] for key in found):
-            cells = " | ".join(f"{r['median_ms']:.1f}, {r['times_faster_than_pytorch']:.2f}"
-                               for r in (found[layer, form, p] for p in passes))
-            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | {file['images']} | "
-                        f"{layer} | {form} | {cells} |")
+            cells = " | ".join(cell(found[layer, form, p]) for p in PASSES)
+            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | {size(file)} | {layer} | "
+                        f"{form} | {cells} |")
     return "\n".join(rows)
 
 
@@ -247,8 +244,8 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels, convolutions, blocks,
-                                                    resources)}
+    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels,
+                                                  convolutions, blocks, resources)}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)
 

@@ -34,8 +34,9 @@ def curves(runs):
     return np.arange(WINDOW, length + 1), np.array(smooth)
 
 
-def draw(axes, x, ys, method):
-    axes.plot(x, ys.mean(0), color=COLOURS[method], label=f"{method}, {len(ys)} seed{'s' if len(ys) > 1 else ''}")
+def draw(axes, x, ys, method, tasks):
+    text = f"{method}, {tasks} tasks, {len(ys)} seed{'s' if len(ys) > 1 else ''}"
+    axes.plot(x, ys.mean(0), color=COLOURS[method], label=text)
     axes.fill_between(x, ys.min(0), ys.max(0), color=COLOURS[method], alpha=0.2, linewidth=0)
 
 
@@ -48,9 +49,9 @@ def figure(env):
         if not sizes:
             continue
         runs = [run for run, size in sizes.items() if size == max(sizes.values())]
-        draw(left, *curves(runs), method)
+        draw(left, *curves(runs), method, max(sizes.values())[0])
         returns = np.array([results[run]["returns"] for run in runs])
-        draw(right, np.arange(returns.shape[1]), returns, method)
+        draw(right, np.arange(returns.shape[1]), returns, method, max(sizes.values())[0])
     left.set(title=f"{env}: after one update", xlabel=f"outer iterations (running mean of {WINDOW})", ylabel="return")
     right.set(title="40 fresh tasks", xlabel="updates", xticks=range(4))
     for axes in (left, right):
