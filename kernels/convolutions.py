@@ -143,7 +143,8 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
     keep_freed_memory()                                      # as the training scripts do
     device = torch.device(args.device)
     about, rows = describe(device, module) | more, []
-    print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); {more}")
+    print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); "
+          + ", ".join(f"{count} {what}" for what, count in more.items()))
     for name in args.layers:
         for row in measure(name, args, device):
             rows.append(row)

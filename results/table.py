@@ -216,6 +216,7 @@ def blocks():
 
 
 def by_layer(name, size_title, size, unit, cell):
+    """One row a machine, layer and form of the files NAME-*.json; size: file -> its text, cell: row of a pass -> its text."""
     rows = [f"| machine | {size_title} | layer | form | {' | '.join(f'{p}, {unit}' for p in PASSES)} |",
             f"| --- | --- | --- | --- | {' | '.join('---' for _ in PASSES)} |"]
     for path in sorted(HERE.glob(f"{name}-*.json")):

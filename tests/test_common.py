@@ -51,6 +51,14 @@ def test_a_run_is_neither_overwritten_nor_continued_with_other_settings(tmp_path
     common.open_run(tmp_path, {"seed": 1, "threads": 2}, resume=True)
 
 
+def test_a_flag_younger_than_the_run_is_another_setting_only_if_it_is_on(tmp_path):
+    common.open_run(tmp_path, {"seed": 1}, resume=False)
+    common.save_checkpoint(tmp_path, {})
+    common.open_run(tmp_path, {"seed": 1, "hide_x": False, "rate": None}, resume=True)
+    with pytest.raises(UsageError, match="hide_x was None, is True"):
+        common.open_run(tmp_path, {"seed": 1, "hide_x": True}, resume=True)
+
+
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(tmp_path, capsys):
     assert common.open_run(tmp_path / "run", {}, resume=True)[1] is None
     assert "nothing to resume" in capsys.readouterr().err
