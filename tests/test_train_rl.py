@@ -1,6 +1,7 @@
 """Meta-reinforcement learning: the pieces of TRPO, the inner step, the environments, the script as its users run it."""
 
 import importlib.util
+import json
 import math
 import signal
 import subprocess
@@ -414,6 +415,29 @@ def test_the_evaluation_may_take_more_roll_outs_than_training():
     _, stages = rl.evaluate(learner, env, args, Path("nowhere"))
     assert [stage.rewards.shape[:2] for stage in stages] == [(5, 7)] * 4             # before and after three updates
     assert rl.parse_flags(TINY).test_rollouts == 3
+
+
+@needs_cheetah
+def test_the_diagnosis_measures_noise_outer_steps_and_a_told_policy(tmp_path):
+    """results/rl/diagnose.py on a run of two iterations; parts are added to its file one by one."""
+    run, kept = tmp_path / "maml", tmp_path / "diagnosis.json"
+    run_main("--env", "cheetah-dir", "--method", "maml", "--iterations", 2, "--out", run)
+    weights = (run / "checkpoint.pt").read_bytes()
+    spec = importlib.util.spec_from_file_location("diagnose", runs.ROOT / "results/rl/diagnose.py")
+    diagnose = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(diagnose)
+    for flags in (["noise", run], ["outer", run, "--repeats", 2], ["told", "--smoke", "--iterations", 2]):
+        diagnose.main([*map(str, flags), "--json", str(kept)])
+    found = json.loads(kept.read_text())
+    noise, outer, told = found["noise maml"], found["outer maml"], found["told-seed1"]
+    assert noise["iterations"] == outer["iterations"] == 2
+    assert noise["noise_over_mean"] > 0.5                     # three roll-outs: an update is mostly noise
+    assert noise["own_update"] != noise["mean_update"]
+    assert outer["gain_own"][0] >= 0                          # the line search sees to it
+    assert outer["gain_own"] != outer["gain_fresh"]
+    assert len(told["after"]) == 2 and told["forwards"] != told["backwards"]
+    assert (run / "checkpoint.pt").read_bytes() == weights
+    assert rl.adapted_policy.__module__ == "train_rl"         # the told policy's stand-in is gone
 
 
 @needs_cheetah
