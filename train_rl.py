@@ -43,13 +43,10 @@ from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
 
 EVALUATION_SEED = 20200823      # of test tasks and their noise: the same for every run, so that results compare
 LAYERS = [f"fc{k}.{kind}" for k in (1, 2, 3) for kind in ("weight", "bias")]
-DEFAULTS = {                    # what differs between the methods
-    "modgrad": {"inner_lr": 0.1, "adapt": [*LAYERS, "log_std"]},
-    "maml": {"inner_lr": 0.1, "adapt": [*LAYERS, "log_std"]},
-    "cavia": {"inner_lr": 1.0, "adapt": ["context"]},
-}
-# On half-cheetah CAVIA does not learn to adapt with 5 parameters and alpha 1; 50 and 10 are those of public MuJoCo forks.
-CHEETAH = {"cavia": {"inner_lr": 10.0, "cavia_context": 50}}
+ADAPT = {"modgrad": [*LAYERS, "log_std"], "maml": [*LAYERS, "log_std"], "cavia": ["context"]}
+WEIGHTS = {"inner_lr": 0.1, "cavia_context": 5}             # defaults where weights are adapted,
+CONTEXT = {"inner_lr": 1.0, "cavia_context": 5}             # a context on navigation, a context on half-cheetah: there
+CHEETAH_CONTEXT = {"inner_lr": 10.0, "cavia_context": 50}   # CAVIA needs more than 5 and 1; public MuJoCo forks have these
 EXTENSIBLE = {"iterations", "test_tasks", "test_rollouts", "updates", "later_rate", "render"}   # no training step needs them
 SMOKE = {"iterations": 4, "meta_batch": 4, "rollouts": 5, "test_tasks": 6, "context_dim": 16, "log_every": 1,
          "checkpoint_every": 2}
@@ -68,15 +65,16 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                            "does; CAVIA's has it, and a policy that runs farther than ever before meets values it never saw")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad")
+    method.add_argument("--method", choices=tuple(ADAPT), default="modgrad")
     method.add_argument("--hidden", type=positive_int, default=100, help="width of both hidden layers (paper: 100)")
     method.add_argument("--init-std", type=positive_float, default=1.0,
                         help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
-    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad and maml 0.1, cavia 1, and 10 on half-cheetah)")
+    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: 0.1; of a context 1, and 10 on half-cheetah)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes (default: all, "
-                        "sigma included; cavia its context, which is all it can change)")
+                        "sigma included; cavia: context). context: numbers, 0 before the inner step, that join the "
+                        "observation, as CAVIA's; modgrad then modulates their gradient and leaves the weights alone")
     method.add_argument("--cavia-context", type=positive_int,
-                        help="CAVIA's parameters (default: 5, as in its README; 50 on half-cheetah)")
+                        help="numbers of that context (default: 5, as in CAVIA's README; 50 on half-cheetah)")
     method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
     method.add_argument("--context-dim", type=positive_int, default=32, help="D, length of ModGrad's nu")
     method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
@@ -123,8 +121,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method, the environment or --smoke, and refuse combinations that mean nothing."""
-    on_cheetah = CHEETAH.get(args.method, {}) if args.env != "nav" else {}
-    fill_in(args, {"cavia_context": 5, **DEFAULTS[args.method], **on_cheetah})
+    args.adapt = args.adapt or ADAPT[args.method]
+    has_context = args.adapt == ["context"]
+    fill_in(args, WEIGHTS if not has_context else CONTEXT if args.env == "nav" else CHEETAH_CONTEXT)
     if args.normalise_context is None:
         args.normalise_context = args.method == "modgrad"
     if args.normalise_context and args.method != "modgrad":
@@ -133,9 +132,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         args.action_scale = 0.1 if args.env == "nav" else 1.0
     if args.max_kl is None:
         args.max_kl = 0.01 * ENVIRONMENTS[args.env].action
-    if (args.method == "cavia") != (args.adapt == ["context"]):
+    if (args.method == "cavia" and not has_context) or (has_context and args.method == "maml"):
         raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia changes its context and "
-                         "nothing else, the others have none")
+                         "nothing else, modgrad may do so, and maml has none")
     if args.hide_x and args.env == "nav":
         raise UsageError("--hide-x is about half-cheetah's observation; navigation has no torso")
     if args.render and (args.env == "nav" or not args.render.endswith((".gif", ".mp4"))):
@@ -368,8 +367,8 @@ class Learner(NamedTuple):
 
 
 def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learner:
-    """Xavier-uniform layers with zero biases, as in CAVIA's code; CAVIA's context is a further input."""
-    extra = args.cavia_context if args.method == "cavia" else 0
+    """Xavier-uniform layers with zero biases, as in CAVIA's code; a context that is adapted is a further input."""
+    extra = args.cavia_context if args.adapt == ["context"] else 0
     theta, network = mlp([env.observation + extra, args.hidden, args.hidden, env.action])
     for name, t in theta.items():
         nn.init.zeros_(t) if name.endswith("bias") else nn.init.xavier_uniform_(t)
@@ -379,11 +378,12 @@ def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learne
     if args.hide_x:
         shown = (torch.arange(env.observation, device=device) != TORSO_X).float()
         first.append(Stage((), lambda theta, x, support: x * shown))
-    if args.method == "cavia":
-        return Learner(theta, {"context": torch.zeros(extra, device=device)}, Chain(first), network, None)
-    prefix, suffix = network.split([name for name in args.adapt if name != "log_std"])
-    prefix = Chain([*first, *prefix.stages])
-    start = {name: theta[name] for name in args.adapt}
+    if extra:
+        prefix, suffix, start = Chain(first), network, {"context": torch.zeros(extra, device=device)}
+    else:
+        prefix, suffix = network.split([name for name in args.adapt if name != "log_std"])
+        prefix = Chain([*first, *prefix.stages])
+        start = {name: theta[name] for name in args.adapt}
     generator = None
     if args.method == "modgrad":
         generator = Generator({name: t.shape for name, t in start.items()}, args.context_dim, args.rank, init=args.init,
