@@ -9,10 +9,11 @@ CAVIA's and MAML's about -15. Half-cheetah direction (about 590, the others belo
 Shapes: T tasks, R roll-outs of a task, H steps of a roll-out, N = R H steps of a task, o and a sizes of observation and
 action.
 
-DEVIATION: the paper's form of ModGrad for this experiment is in a supplement that is not public. Here the inner
-gradient is the policy gradient on the tensors of --adapt, modulated as everywhere else, with nu from the same roll-outs
-(Eq. 9), divided by its root mean square; TRPO takes the outer step on theta and psi together. Without the division nu is
-so small on navigation that M stays 1 and ModGrad stays MAML (results/rl).
+DEVIATION: the paper's form of ModGrad for this experiment is in a supplement that is not public. Here the inner step
+is on a context that joins the observation, as CAVIA's, and its policy gradient is modulated as everywhere else, with nu
+from the same roll-outs (Eq. 9), divided by its root mean square; TRPO takes the outer step on theta and psi together.
+This form reproduces the paper's -8 on navigation; modulating the policy's weights instead (--adapt fc1.weight ...) does
+not, and without the division nu is so small that M stays 1 (results/rl).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
 
 EVALUATION_SEED = 20200823      # of test tasks and their noise: the same for every run, so that results compare
 LAYERS = [f"fc{k}.{kind}" for k in (1, 2, 3) for kind in ("weight", "bias")]
-ADAPT = {"modgrad": [*LAYERS, "log_std"], "maml": [*LAYERS, "log_std"], "cavia": ["context"]}
+ADAPT = {"modgrad": ["context"], "maml": [*LAYERS, "log_std"], "cavia": ["context"]}
 WEIGHTS = {"inner_lr": 0.1, "cavia_context": 5}             # defaults where weights are adapted,
 CONTEXT = {"inner_lr": 1.0, "cavia_context": 5}             # a context on navigation, a context on half-cheetah: there
 CHEETAH_CONTEXT = {"inner_lr": 10.0, "cavia_context": 50}   # CAVIA needs more than 5 and 1; public MuJoCo forks have these
@@ -70,9 +71,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--init-std", type=positive_float, default=1.0,
                         help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
     method.add_argument("--inner-lr", type=positive_float, help="alpha (default: 0.1; of a context 1, and 10 on half-cheetah)")
-    method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes (default: all, "
-                        "sigma included; cavia: context). context: numbers, 0 before the inner step, that join the "
-                        "observation, as CAVIA's; modgrad then modulates their gradient and leaves the weights alone")
+    method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes: weights, "
+                        "biases and log_std (maml: all of them), or context, numbers that join the observation and are 0 "
+                        "before the inner step (cavia, and modgrad, which modulates their gradient)")
     method.add_argument("--cavia-context", type=positive_int,
                         help="numbers of that context (default: 5, as in CAVIA's README; 50 on half-cheetah)")
     method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
