@@ -1,8 +1,8 @@
 """Draw Fig. 8 from the runs committed here: python results/rl/figure.py nav [cheetah-dir cheetah-vel].
 
-Left: return after one update while meta-training; right: return of the trained policies against the number of updates
-on 40 fresh tasks. Lines are means over seeds, bands reach from the lowest to the highest seed. Of an environment and
-method only the runs with the most tasks an iteration are drawn, and of these the longest.
+Left: return after one update while meta-training, a line for each seed (the second dashed); right: return of the trained
+policies against the number of updates on 40 fresh tasks, the mean over seeds and a band from the lowest to the highest.
+Of an environment and method only the runs with the most tasks an iteration are drawn.
 """
 
 import json
@@ -16,48 +16,45 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"modgrad": "tab:red", "modgrad, nu as in Eq. 9": "tab:orange", "cavia": "tab:green", "maml": "tab:blue",
-           "modgrad, x hidden": "tab:pink", "maml, x hidden": "tab:cyan"}
+COLOURS = {"modgrad": "tab:red", "modgrad on the weights": "tab:orange", "modgrad on the weights, nu as in Eq. 9": "tab:pink",
+           "cavia": "tab:green", "maml": "tab:blue"}
 WINDOW = 10                     # iterations of the running mean on the left: 20 tasks of one iteration are few
 
 
 def label(config):
-    plain = config["method"] == "modgrad" and not config.get("normalise_context")
-    return "modgrad, nu as in Eq. 9" if plain else config["method"] + ", x hidden" * config.get("hide_x", False)
+    if config["method"] != "modgrad":
+        return config["method"]
+    weights = " on the weights" if config["adapt"] != ["context"] else ""
+    return f"modgrad{weights}" + ", nu as in Eq. 9" * (not config.get("normalise_context"))
 
 
-def curves(runs):
-    """(iterations, (seeds, iterations) smoothed returns after one update), cut at the shortest run."""
-    logs = [[json.loads(line)["after"] for line in (run / "log.jsonl").read_text().splitlines()] for run in runs]
-    length = min(map(len, logs))
-    smooth = [np.convolve(log[:length], np.ones(WINDOW) / WINDOW, mode="valid") for log in logs]
-    return np.arange(WINDOW, length + 1), np.array(smooth)
-
-
-def draw(axes, x, ys, method, tasks):
-    text = f"{method}, {tasks} tasks, {len(ys)} seed{'s' if len(ys) > 1 else ''}"
-    axes.plot(x, ys.mean(0), color=COLOURS[method], label=text)
-    axes.fill_between(x, ys.min(0), ys.max(0), color=COLOURS[method], alpha=0.2, linewidth=0)
+def smooth(run):
+    """(iterations, running mean of the return after one update)."""
+    after = [json.loads(line)["after"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return np.arange(WINDOW, len(after) + 1), np.convolve(after, np.ones(WINDOW) / WINDOW, mode="valid")
 
 
 def figure(env):
-    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=110)
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), dpi=110)
     results = {path.parent: json.loads(path.read_text()) for path in sorted(HERE.glob(f"{env}-*-seed*/result.json"))}
     for method in COLOURS:
-        sizes = {run: (r["config"]["meta_batch"], r["iterations"]) for run, r in results.items()
-                 if label(r["config"]) == method}
-        if not sizes:
+        tasks = {run: r["config"]["meta_batch"] for run, r in results.items() if label(r["config"]) == method}
+        if not tasks:
             continue
-        runs = [run for run, size in sizes.items() if size == max(sizes.values())]
-        draw(left, *curves(runs), method, max(sizes.values())[0])
+        runs = [run for run, count in tasks.items() if count == max(tasks.values())]
+        text = f"{method}, {max(tasks.values())} tasks, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        for k, run in enumerate(runs):
+            left.plot(*smooth(run), color=COLOURS[method], linestyle=("-", "--", ":")[k % 3], linewidth=1.2)
         returns = np.array([results[run]["returns"] for run in runs])
-        draw(right, np.arange(returns.shape[1]), returns, method, max(sizes.values())[0])
+        updates = np.arange(returns.shape[1])
+        right.plot(updates, returns.mean(0), color=COLOURS[method], label=text)
+        right.fill_between(updates, returns.min(0), returns.max(0), color=COLOURS[method], alpha=0.15, linewidth=0)
     left.set(title=f"{env}: after one update", xlabel=f"outer iterations (running mean of {WINDOW})", ylabel="return")
     right.set(title="40 fresh tasks", xlabel="updates", xticks=range(4))
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    picture.tight_layout()
+    picture.tight_layout(rect=(0, 0.11, 1, 1))
+    picture.legend(*right.get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False, fontsize=9)
     picture.savefig(HERE / f"{env}.png")
 
 
