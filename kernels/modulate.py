@@ -700,7 +700,8 @@ def _run_closed(entries, step: bool) -> list:
 def _small(*entry):
     """The formula with one temporary less: (theta,) grad, row, col -> y."""
     *theta, grad, row, col = entry
-    m = torch.relu(row.unsqueeze(2) * col.unsqueeze(1))
+    m = (row * col).unsqueeze(1) if row.shape[1] == 1 else row.unsqueeze(2) * col.unsqueeze(1)
+    m = torch.relu(m)
     return torch.addcmul(theta[0], m, grad, value=-1) if theta else m * grad
 
 
@@ -728,7 +729,9 @@ def _checked_lists(names, groups) -> list:
 def _fits(entry, first) -> bool:
     """Whether the tensors of one step fit together; `first` is the grad that sets dtype, device, T. Costs 2 microseconds."""
     *theta, grad, row, col = entry
-    if not all(isinstance(tensor, torch.Tensor) for tensor in (first, *entry)) or grad.dim() != 3:
+    T = torch.Tensor
+    if not (isinstance(first, T) and isinstance(grad, T) and isinstance(row, T) and isinstance(col, T)
+            and (not theta or isinstance(theta[0], T)) and grad.dim() == 3):
         return False
     tasks, n1, n2 = shape = grad.shape
     return (row.shape == (tasks, n1) and col.shape == (tasks, n2) and grad.numel() > 0 and tasks == first.shape[0]
