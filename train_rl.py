@@ -352,7 +352,7 @@ def check_rollouts(rollouts: Rollouts, where: str, run: Path) -> None:
 class Learner(NamedTuple):
     """What is meta-learned, and the policy cut where adaptation begins."""
     theta: dict[str, Tensor]        # the layers fc1, fc2, fc3 and log_std (a,)
-    start: Tensors                  # where the inner step starts: tensors of theta, or CAVIA's zero context
+    start: Tensors                  # where the inner step starts: tensors of theta, or a zero context
     prefix: Chain                   # observations -> features, the same before and after adaptation
     suffix: Chain                   # features -> mean action, reads the adapted tensors
     generator: Generator | None     # psi; None for MAML and CAVIA (M = 1)

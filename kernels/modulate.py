@@ -727,7 +727,7 @@ def _checked_lists(names, groups) -> list:
 
 
 def _fits(entry, first) -> bool:
-    """Whether the tensors of one step fit together; `first` is the grad that sets dtype, device, T. Costs 2 microseconds."""
+    """Whether the tensors of one step fit together; `first` is the grad that sets dtype, device, T; quick."""
     *theta, grad, row, col = entry
     T = torch.Tensor
     if not (isinstance(first, T) and isinstance(grad, T) and isinstance(row, T) and isinstance(col, T)

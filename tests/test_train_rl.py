@@ -439,6 +439,8 @@ def test_the_diagnosis_measures_noise_outer_steps_and_a_told_policy(tmp_path):
     assert outer["gain_own"] != outer["gain_fresh"]
     assert len(told["after"]) == 2 and told["forwards"] != told["backwards"]
     assert (run / "checkpoint.pt").read_bytes() == weights
+    with pytest.raises(UsageError, match="no checkpoint.pt"):
+        diagnose.main(["noise", str(runs.ROOT / "results/rl/nav-maml-seed1")])
     assert rl.adapted_policy.__module__ == "train_rl"         # the told policy's stand-in is gone
 
 

@@ -18,12 +18,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_rl as rl  # noqa: E402
-from common import describe_machine, mean_ci95, progress  # noqa: E402
+from common import UsageError, describe_machine, mean_ci95, progress, run_main  # noqa: E402
 
 
 def load(run: Path, threads: int | None):
     """(flags of the run, its environment, its learner with the checkpoint's weights, iterations of training)."""
+    if not (run / "checkpoint.pt").exists():
+        raise UsageError(f"{run} has no checkpoint.pt: name the folder of a run that was made on this machine")
     config = json.loads((run / "config.json").read_text())
+    if config["env"] != "cheetah-dir":
+        raise UsageError(f"{run} is a run of {config['env']}: the diagnosis is about cheetah-dir")
     config = {k: v for k, v in config.items() if k != "threads"}
     args = rl.parse_flags(["--env", config["env"], "--method", config["method"]])
     vars(args).update(config, threads=threads)
@@ -175,4 +179,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
