@@ -174,10 +174,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
     if not theta:
         raise ValueError("no tensor to adapt: theta is empty")
     tasks, given = len(next(iter(theta.values()))) if tasks is None else tasks, tasks
-    if steps < 0 or tasks < 1:
-        raise ValueError(f"steps must be >= 0 and tasks >= 1, got steps={steps}, tasks={tasks}")
-    if not isinstance(alpha, Tensor) and not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
+    _check_steps(steps, tasks, alpha)
     if noise_std < 0:
         raise ValueError(f"noise_std must be >= 0, got {noise_std}")
     graph = differentiable and not first_order
@@ -195,27 +192,37 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
             if generator is None:
                 current = {name: t - alpha * gradient[name] for name, t in current.items()}
             else:
-                nu = _context(loss_fn, current, gradient, generator, alpha, graph, kernel, normalise_context)
+                trial = lambda nu: loss_fn(_modulated(current, gradient, generator(nu), alpha, kernel))
+                nu = _context(trial, _no_context(generator, next(iter(gradient.values()))), graph, normalise_context)
                 current = _modulated(current, gradient, generator(nu), alpha, kernel)
     return current if differentiable else {name: t.detach() for name, t in current.items()}
 
 
-def _context(loss_fn, current, gradient, generator, alpha, graph, kernel, normalise, nu=None) -> Tensor:
+def _check_steps(steps, tasks, alpha) -> None:
+    if steps < 0 or tasks < 1:
+        raise ValueError(f"steps must be >= 0 and tasks >= 1, got steps={steps}, tasks={tasks}")
+    if not isinstance(alpha, Tensor) and not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
+
+
+def _no_context(generator: Generator, like: Tensor) -> Tensor:
+    """nu = 0, (T, D), for as many tasks as `like` has."""
+    return torch.zeros(len(like), generator.context_dim, device=like.device, dtype=like.dtype)
+
+
+def _context(trial_loss: Callable[[Tensor], Tensor], nu: Tensor, graph: bool, normalise: bool) -> Tensor:
     """Eq. 9: nu <- minus the gradient, with respect to nu, of the loss after a trial step taken with M(nu)."""
-    if nu is None:
-        g = next(iter(gradient.values()))
-        nu = torch.zeros(len(g), generator.context_dim, device=g.device, dtype=g.dtype)   # (T, D)
-    trial_loss = lambda nu: loss_fn(_modulated(current, gradient, generator(nu["nu"]), alpha, kernel))
-    nu = -_gradient(trial_loss, {"nu": nu}, graph)["nu"]
+    nu = -_gradient(lambda at: trial_loss(at["nu"]), {"nu": nu}, graph)["nu"]
     return nu * torch.rsqrt(nu.square().mean(1, keepdim=True) + 1e-12) if normalise else nu     # 1e-12: nu may be zero
 
 
 def _refined(loss_fn, start, gradient, generator, alpha, steps, graph, kernel, normalise) -> Tensors:
     """The released code's K > 1: 2K passes from the same weights and gradient; each pass replaces nu."""
-    nu = None
+    step = lambda nu: _modulated(start, gradient, generator(nu), alpha, kernel)
+    nu = _no_context(generator, next(iter(gradient.values())))
     for _ in range(2 * steps - 1):
-        nu = _context(loss_fn, start, gradient, generator, alpha, graph, kernel, normalise, nu)
-    return _modulated(start, gradient, generator(nu), alpha, kernel)
+        nu = _context(lambda nu: loss_fn(step(nu)), nu, graph, normalise)
+    return step(nu)
 
 
 def _modulated(current, gradient, factors, alpha, kernel) -> Tensors:
@@ -250,6 +257,72 @@ def _noisy(gradient: Tensors, std: float, rng: torch.Generator | None) -> Tensor
         return gradient
     draw = lambda g: torch.randn(g.shape, generator=rng, device=g.device, dtype=g.dtype)
     return {name: g + std * draw(g) for name, g in gradient.items()}
+
+
+# --- the inner loop of one linear layer, for few samples -------------------------------------------------------------
+
+class LinearUpdate(NamedTuple):
+    """What the inner loop adds to a linear layer of each task: W + left^T right and b + bias, where R is small."""
+    left: Tensor        # (T, R, out)
+    right: Tensor       # (T, R, in)
+    bias: Tensor        # (T, out)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """How much of each row of `left` the inputs x, (T, N, in) or shared (N, in), receive: (T, R, N)."""
+        return self.right @ x.mT
+
+    def __call__(self, z: Tensor, x: Tensor) -> Tensor:
+        """From x and z = x W^T + b to the adapted layer's output (T, N, out)."""
+        return z + self.keys(x).mT @ self.left + self.bias.unsqueeze(1)
+
+
+def adapt_linear(loss_fn: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, alpha: float | Tensor, generator: Generator,
+                 names: tuple[str, str] = ("weight", "bias"), *, steps: int = 1, first_order: bool = False,
+                 normalise_context: bool = False, differentiable: bool = True) -> LinearUpdate:
+    """What `adapt` does to the weight W and bias b of one linear layer, without a tensor of W's size for each task.
+
+    The gradient of W from N samples is D^T x with D = d L / d z, and relu(row ⊗ col) is relu(row) ⊗ relu(col) +
+    relu(-row) ⊗ relu(-col); so M ⊙ D^T x is (D ⊙ relu(row))^T (x ⊙ relu(col)), plus the same with -row and -col where
+    both have negative numbers. K steps give rank R = K N to 2 K N: cheaper than `adapt` while R (in + out) < in out.
+
+    Args:
+        loss_fn: the layer's output (T, N, out) -> support losses (T,); the loss of task t may depend on slice t only.
+        x: (T, N, in), the layer's support inputs, none of which may depend on what is adapted.
+        z: (T, N, out), x W^T + b before adaptation.
+        generator: Psi for the two tensors; `names` are theirs in it.
+        The others are those of `adapt`.
+
+    Raises ValueError for bad arguments.
+    """
+    _check_steps(steps, len(x), alpha)
+    graph, taken = differentiable and not first_order, []
+    weight, bias = names
+    with torch.enable_grad():
+        for _ in range(steps):
+            z = taken[-1](z, x) if taken else z
+            z, x = z if differentiable else z.detach(), x if graph else x.detach()
+            slope = _gradient(lambda at: loss_fn(at["z"]), {"z": z}, graph)["z"]             # D, (T, N, out)
+
+            def step(nu: Tensor) -> LinearUpdate:
+                factors = generator(nu)
+                (row, col), scale = factors[weight], factors[bias][1]
+                signs = (1, -1) if (row < 0).any() and (col < 0).any() else (1,)
+                left = [slope * (-alpha * F.relu(sign * row)).unsqueeze(1) for sign in signs]
+                right = [x * F.relu(sign * col).unsqueeze(1) for sign in signs]
+                return LinearUpdate(_join(left), _join(right), -alpha * F.relu(scale) * slope.sum(1))
+
+            nu = _context(lambda nu: loss_fn(step(nu)(z, x)), _no_context(generator, x), graph, normalise_context)
+            taken.append(step(nu))
+    if not taken:
+        taken = [LinearUpdate(z[:, :0], x[:, :0], torch.zeros_like(z[:, 0]))]
+    left, right, biases = zip(*taken)
+    update = LinearUpdate(_join(left), _join(right), sum(biases))
+    return update if differentiable else LinearUpdate(*(t.detach() for t in update))
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along R."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 # --- networks as chains of stages ------------------------------------------------------------------------------------

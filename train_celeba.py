@@ -33,7 +33,7 @@ from common import (DataError, Training, UsageError, add_run_flags, append_log, 
                     non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
                     save_atomically, setup, write_result)
 from kernels import resolve_backend
-from modgrad import Chain, Generator, Stage, adapt, mlp
+from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
                         help="eta, standard deviation of noise on the inner gradient")
     method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
-                        help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
+                        help="the modulated update: auto is low-rank for few pixels, else Triton on CUDA, closed forms on "
+                        "the CPU")
 
     train = parser.add_argument_group("meta-training")
     train.add_argument("--iterations", type=positive_int, default=50_000, help="outer updates (CAVIA: 50,000)")
@@ -375,6 +376,9 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, given: Tensor,
             places = x[wanted].expand(tasks, -1, -1)
             return learner.suffix(theta, torch.cat([places, code.expand(-1, places.shape[1], -1)], -1))
         features = learner.prefix(theta, x.unsqueeze(0))[0]                              # (P, F), once for all tasks
+        if few_pixels(args):
+            z, update = adapt_to_few(learner, args, features, given, given_colours, train)
+            return output_layer(theta, update(z[wanted], features[wanted]))
         support = features[given]                                                        # (T, k, F)
         loss = lambda adapted: squared_error(learner.suffix({**theta, **adapted}, support), given_colours)
         adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, args.inner_lr, learner.generator,
@@ -382,6 +386,64 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, given: Tensor,
                         normalise_context=args.normalise_context, noise_std=args.gradient_noise, rng=rng,
                         differentiable=train, kernel=args.kernel)
         return learner.suffix({**theta, **adapted}, features[wanted].expand(tasks, -1, -1))
+
+
+# --- the same for fc5 and few pixels, without a weight matrix for each task ------------------------------------------
+
+def few_pixels(args: argparse.Namespace) -> bool:
+    """Whether fc5 alone is modulated, and its update of so low a rank that it is cheaper as two thin factors."""
+    return (args.kernel == "auto" and args.method == "modgrad" and args.adapt == DEFAULTS["modgrad"]["adapt"]
+            and not args.refine and not args.gradient_noise and args.pixels * args.inner_steps <= args.width // 2)
+
+
+def output_layer(theta: dict[str, Tensor], z: Tensor) -> Tensor:
+    """fc5's output before its ReLU -> colours, (..., width) -> (..., 3)."""
+    return F.linear(F.relu(z), theta["fc6.weight"], theta["fc6.bias"])
+
+
+def adapt_to_few(learner: Learner, args: argparse.Namespace, features: Tensor, given: Tensor, given_colours: Tensor,
+                 train: bool) -> tuple[Tensor, LinearUpdate]:
+    """fc5's output before adaptation for all pixels, (P, width), and what the inner loop adds to fc5."""
+    z = F.linear(features, learner.theta["fc5.weight"], learner.theta["fc5.bias"])
+    loss = lambda z: squared_error(output_layer(learner.theta, z), given_colours)
+    update = adapt_linear(loss, features[given], z[given], args.inner_lr, learner.generator, learner.adapted,
+                          steps=args.inner_steps, first_order=args.first_order,
+                          normalise_context=args.normalise_context, differentiable=train)
+    return z, update
+
+
+class OuterError(torch.autograd.Function):
+    """Mean squared error over tasks, pixels and channels of weight relu(z + keys^T values + bias) + offset.
+
+    The forward pass computes the gradients too, one task after the other: a task's activations (512 KiB) are used while
+    they are in cache, where autograd keeps those of all tasks in memory.
+    z (N, width); keys (T, R, N); values (T, R, width); bias (T, width); weight (3, width); offset (3,); target (T, N, 3).
+    """
+
+    @staticmethod
+    def forward(ctx, z, keys, values, bias, weight, offset, target):
+        tasks, pixels, _ = target.shape
+        inputs, total = (z, keys, values, bias, weight, offset), 0.0
+        d_z, d_keys, d_values, d_bias, d_weight, d_offset = grads = [torch.zeros_like(t) for t in inputs]
+        for t, colour in enumerate(target.mT.contiguous()):
+            h = torch.addmm(z, keys[t].mT, values[t]).add_(bias[t]).relu_()                # (N, width)
+            error = (weight @ h.mT).add_(offset.unsqueeze(1)).sub_(colour)               # (3, N)
+            total = total + error.square().mean()
+            d_h = torch.ops.aten.threshold_backward(error.mT @ weight, h, 0)             # (N, width)
+            d_z.add_(d_h)
+            torch.mm(values[t], d_h.mT, out=d_keys[t])
+            torch.mm(keys[t], d_h, out=d_values[t])
+            torch.sum(d_h, 0, out=d_bias[t])
+            d_weight.addmm_(error, h)
+            d_offset.add_(error.sum(1))
+        ctx.scale = 2 / target.numel()
+        ctx.save_for_backward(*grads)
+        return total / tasks
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return *(slope * ctx.scale * t for t in ctx.saved_tensors), None
 
 
 # --- meta-train ------------------------------------------------------------------------------------------------------
@@ -400,19 +462,26 @@ def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse
     """One outer update on a meta-batch: returns (loss, squared error), (2,) on the device."""
     target, given, query = batch
     given_colours = target.gather(1, given.unsqueeze(-1).expand(-1, -1, 3))                  # (T, k, 3)
-    output = adapt_and_predict(learner, args, given, given_colours, query, rng, train=True)
     target = target if query is None else target[:, query]
-    loss = outer_loss(output, target).mean()
+    if few_pixels(args) and target.device.type == "cpu":
+        features = learner.prefix(learner.theta, coordinates(given.device).unsqueeze(0))[0]
+        z, update = adapt_to_few(learner, args, features, given, given_colours, train=True)
+        z, features = (z, features) if query is None else (z[query], features[query])
+        loss = mse = OuterError.apply(z, update.keys(features), update.left, update.bias, learner.theta["fc6.weight"],
+                                      learner.theta["fc6.bias"], target)
+    else:
+        output = adapt_and_predict(learner, args, given, given_colours, query, rng, train=True)
+        loss, mse = outer_loss(output, target).mean(), squared_error(output.detach(), target).mean()
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     optimiser.step()
-    return torch.stack([loss.detach(), squared_error(output.detach(), target).mean()])
+    return torch.stack([loss.detach(), mse.detach()])
 
 
 def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None,
                splits: dict[str, Tensor], device: torch.device) -> dict:
     """Train until `--iterations`, the time limit or a signal; returns the record, whose "best" holds weights."""
-    optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
+    optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=True)         # one pass over memory
     task_rng = torch.Generator(device).manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
@@ -574,7 +643,7 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 7) 
     if args.method not in ("modgrad", "maml") or "context" in args.adapt or args.outer_pixels < PIXELS or args.refine:
         raise UsageError("--benchmark compares modgrad or maml on the layers' tensors, all pixels in the outer loss")
     learner, images = build_learner(args, device), torch.from_numpy(synthetic_split("val")).to(device)
-    optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
+    optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=True)         # one pass over memory
     batch = sample_tasks(images, args, torch.Generator(device).manual_seed(args.seed))
 
     def naive_step() -> Tensor:
@@ -627,7 +696,7 @@ def main(argv: list[str] | None = None) -> None:
         delattr(args, name)
     splits, dataset, synthetic = load_data(args, device)
     try:
-        backend = resolve_backend(args.kernel, device)
+        backend = "low-rank" if few_pixels(args) else resolve_backend(args.kernel, device)
         learner = build_learner(args, device)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from None

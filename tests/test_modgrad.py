@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import naive
-from modgrad import Generator, adapt, conv4, factor_sizes, from_module, mlp
+from modgrad import Generator, adapt, adapt_linear, conv4, factor_sizes, from_module, mlp
 
 ADAPTED = ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
 TASKS, SUPPORT, QUERY, WAYS, DIM, U = 3, 6, 8, 3, 7, 4
@@ -247,6 +247,53 @@ def test_support_statistics_are_not_transductive():
     together = chain(theta, torch.cat([support_x, query_x], 1), SUPPORT)[:, SUPPORT:]
     assert torch.allclose(alone[:, 0], together[:, 0], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(chain(theta, query_x)[:, 0], together[:, 0], rtol=1e-3)
+
+
+# --- one linear layer, for few samples ---
+
+def two_layers(options, outer=True, mixed=True):
+    """adapt and adapt_linear on the first of two layers, float64: two lists of (output on queries, meta-gradients)."""
+    torch.manual_seed(0)
+    theta, chain = mlp([6, 5, 2])
+    theta = {name: t.detach().double().requires_grad_() for name, t in theta.items()}
+    names = ("fc1.weight", "fc1.bias")
+    psi = Generator({name: theta[name].shape for name in names}, DIM, U).double()
+    if mixed:                           # rows and columns of both signs, and M's dead entries
+        with torch.no_grad():
+            for p in psi.parameters():
+                p.normal_()
+    x, y, queries = torch.randn(TASKS, 4, 6).double().requires_grad_(), torch.randn(TASKS, 4, 2).double(), torch.randn(9, 6).double()
+    tail = lambda z: F.linear(F.relu(z), theta["fc2.weight"], theta["fc2.bias"])
+    loss = lambda out: (out - y).square().mean((1, 2))
+    adapted = adapt(lambda p: loss(chain({**theta, **p}, x)), {n: theta[n] for n in names}, TASKS, 0.3, psi, **options)
+    expected = chain({**theta, **adapted}, queries.expand(TASKS, -1, -1))
+    z = lambda x: F.linear(x, *(theta[name] for name in names))
+    update = adapt_linear(lambda z: loss(tail(z)), x, z(x), 0.3, psi, names, **options)
+    result, weights = [], [*theta.values(), *psi.parameters(), x]
+    for out in (expected, tail(update(z(queries), queries))):
+        result.append([out, *(torch.autograd.grad(out.square().sum(), weights, materialize_grads=True) if outer else ())])
+    return *result, update
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("options", [{}, {"steps": 3}, {"steps": 2, "first_order": True},
+                                     {"steps": 2, "normalise_context": True}, {"steps": 0}], ids=str)
+def test_one_linear_layer_is_adapted_the_same_without_its_weights(options, mixed):
+    """Outputs and every meta-gradient, that of the inputs included."""
+    if options.get("steps") == 0:
+        options = {**options, "differentiable": False}
+    expected, ours, update = two_layers(options, outer=options.get("steps") != 0, mixed=mixed)
+    scale = max(t.abs().max() for t in expected)
+    assert all((a - b).abs().max() < 1e-11 * scale for a, b in zip(expected, ours))
+    assert update.left.shape[1] in ([4 * options.get("steps", 1)] if not mixed else
+                                    [4 * k for k in range(options.get("steps", 1), 2 * options.get("steps", 1) + 1)])
+
+
+def test_signs_of_both_factors_count_where_both_have_negative_numbers():
+    """Without the second product the update differs: the case above would not notice if no sign were mixed."""
+    assert two_layers({})[2].left.shape[1] == 8
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        adapt_linear(None, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), -1.0, None)
 
 
 # --- the generator ---

@@ -132,15 +132,17 @@ def naive_output(theta, x):
 
 @pytest.mark.parametrize("flags", [
     ["--method", "modgrad"],
+    ["--method", "modgrad", "--inner-steps", "2"],
+    ["--method", "modgrad", "--inner-steps", "2", "--kernel", "closed"],
     ["--method", "modgrad", "--adapt", "context", "fc1.weight", "fc4.bias", "fc6.weight", "--inner-steps", "2"],
     ["--method", "maml", "--inner-steps", "3"],
     ["--method", "maml", "--inner-steps", "2", "--first-order"],
     ["--method", "cavia", "--inner-steps", "3"],
-], ids=["modgrad", "modgrad-context-2-steps", "maml", "maml-first-order", "cavia"])
+], ids=["modgrad", "modgrad-2-steps", "modgrad-2-steps-dense", "modgrad-context-2-steps", "maml", "maml-first-order", "cavia"])
 def test_the_batch_equals_a_loop_over_tasks(flags, double):
     """Loss and meta-gradients of one outer update; float64 sums in another order leave about 1e-14 of the largest."""
     torch.manual_seed(0)
-    args = celeba.parse_flags([*TINY, *flags, "--inner-lr", "2.0"])   # a large step, so that adaptation matters
+    args = celeba.parse_flags([*TINY, "--pixels", "5", *flags, "--inner-lr", "2.0"])  # a large step, so that adaptation matters
     learner, x = celeba.build_learner(args, torch.device("cpu")), celeba.coordinates(torch.device("cpu"))
     target, given, query = torch.rand(3, 1024, 3), torch.randint(1024, (3, 5)), torch.randperm(1024)[:30]
     optimiser = torch.optim.SGD(learner.parameters(), lr=0.0)
@@ -158,6 +160,20 @@ def test_the_batch_equals_a_loop_over_tasks(flags, double):
     assert abs(loss - sum(losses) / 3) < 1e-12
     largest = max(g.abs().max() for g in expected)
     assert all((a - b).abs().max() < 1e-11 * largest for a, b in zip(ours, expected))
+
+
+def test_thin_factors_complete_images_as_whole_matrices_do(double):
+    args = celeba.parse_flags([*TINY, "--pixels", "4", "--inner-steps", "2", "--inner-lr", "2.0"])
+    assert celeba.few_pixels(args)
+    learner, images = celeba.build_learner(args, torch.device("cpu")), torch.from_numpy(celeba.synthetic_split("val")[:3])
+    given = celeba.sample_pixels(3, 4, "random", torch.Generator().manual_seed(0))
+    thin = celeba.complete_images(learner, args, images, given)
+    args.kernel = "closed"
+    assert not celeba.few_pixels(args)
+    assert (thin - celeba.complete_images(learner, args, images, given)).abs().max() < 1e-12
+    for flags in ([], ["--pixels", "4", "--gradient-noise", "1"], ["--pixels", "4", "--adapt", "fc4.weight", "fc4.bias"],
+                  ["--pixels", "4", "--refine"], ["--pixels", "4", "--method", "maml"]):
+        assert not celeba.few_pixels(celeba.parse_flags([*TINY, *flags]))
 
 
 def test_cnp_equals_its_equations_task_by_task(double):
