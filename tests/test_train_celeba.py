@@ -142,7 +142,7 @@ def naive_output(theta, x):
 def test_the_batch_equals_a_loop_over_tasks(flags, double):
     """Loss and meta-gradients of one outer update; float64 sums in another order leave about 1e-14 of the largest."""
     torch.manual_seed(0)
-    args = celeba.parse_flags([*TINY, "--pixels", "4", *flags, "--inner-lr", "2.0"])  # a large step, so that adaptation matters
+    args = celeba.parse_flags([*TINY, "--pixels", "4", *flags, "--inner-lr", "2.0", "--clip-norm", "1e9"])  # a large step, so that adaptation matters
     learner, x = celeba.build_learner(args, torch.device("cpu")), celeba.coordinates(torch.device("cpu"))
     target, given, query = torch.rand(3, 1024, 3), torch.randint(1024, (3, 5)), torch.randperm(1024)[:30]
     optimiser = torch.optim.SGD(learner.parameters(), lr=0.0)
@@ -160,6 +160,19 @@ def test_the_batch_equals_a_loop_over_tasks(flags, double):
     assert abs(loss - sum(losses) / 3) < 1e-12
     largest = max(g.abs().max() for g in expected)
     assert all((a - b).abs().max() < 1e-11 * largest for a, b in zip(ours, expected))
+
+
+def test_a_long_outer_gradient_is_shortened():
+    args = celeba.parse_flags([*TINY, "--clip-norm", "1e-3"])
+    learner, images = celeba.build_learner(args, torch.device("cpu")), torch.from_numpy(celeba.synthetic_split("val"))
+    optimiser = torch.optim.SGD(learner.parameters(), lr=0.0)
+    batch = celeba.sample_tasks(images, args, torch.Generator().manual_seed(0))
+    celeba.meta_step(learner, optimiser, args, batch, None)
+    norm = lambda: torch.cat([p.grad.flatten() for p in learner.parameters()]).norm()
+    assert abs(norm() - 1e-3) < 1e-5
+    args.clip_norm = None
+    celeba.meta_step(learner, optimiser, args, batch, None)
+    assert norm() > 2e-3
 
 
 def test_thin_factors_complete_images_as_whole_matrices_do(double):
