@@ -548,6 +548,14 @@ def progress(total: int, initial: int, description: str, **options) -> tqdm:
     return tqdm(total=total, initial=initial, desc=description, dynamic_ncols=sys.stderr.isatty(), **quiet, **options)
 
 
+def progress_over(count: int, description: str) -> Iterator[int]:
+    """0 ... count - 1, with a bar."""
+    with progress(count, 0, description) as bar:
+        for k in range(count):
+            yield k
+            bar.update(1)
+
+
 def describe_machine(device: torch.device) -> dict:
     """Name of the device, CPU threads, versions and the repository's commit: what a measurement needs beside it."""
     import importlib.metadata as metadata

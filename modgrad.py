@@ -82,7 +82,7 @@ class SisterNetwork(nn.Module):
         out = self.outer(F.relu(self.inner(nu)))                               # (T, u + u n)
         weights = out[:, : self.columns].softmax(-1)                           # (T, u)
         columns = out[:, self.columns:].unflatten(1, (self.columns, self.n))   # (T, u, n), h transposed
-        return torch.einsum("tu,tun->tn", weights, columns)
+        return (weights.unsqueeze(2) * columns).sum(1)
 
     @torch.no_grad()
     def set_output_at_zero(self, value: float) -> None:

@@ -45,9 +45,9 @@ from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
 EVALUATION_SEED = 20200823      # of test tasks and their noise: the same for every run, so that results compare
 LAYERS = [f"fc{k}.{kind}" for k in (1, 2, 3) for kind in ("weight", "bias")]
 ADAPT = {"modgrad": ["context"], "maml": [*LAYERS, "log_std"], "cavia": ["context"]}
-WEIGHTS = {"inner_lr": 0.1, "cavia_context": 5}             # defaults where weights are adapted,
-CONTEXT = {"inner_lr": 1.0, "cavia_context": 5}             # a context on navigation, a context on half-cheetah: there
-CHEETAH_CONTEXT = {"inner_lr": 10.0, "cavia_context": 50}   # CAVIA needs more than 5 and 1; public MuJoCo forks have these
+WEIGHTS = {"inner_lr": 0.1, "context_size": 5}              # defaults where weights are adapted,
+CONTEXT = {"inner_lr": 1.0, "context_size": 5}              # a context on navigation, a context on half-cheetah: there
+CHEETAH_CONTEXT = {"inner_lr": 10.0, "context_size": 50}    # CAVIA needs more than 5 and 1; public MuJoCo forks have these
 EXTENSIBLE = {"iterations", "test_tasks", "test_rollouts", "updates", "later_rate", "render"}   # no training step needs them
 SMOKE = {"iterations": 4, "meta_batch": 4, "rollouts": 5, "test_tasks": 6, "context_dim": 16, "log_every": 1,
          "checkpoint_every": 2}
@@ -74,7 +74,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes: weights, "
                         "biases and log_std (maml: all of them), or context, numbers that join the observation and are 0 "
                         "before the inner step (cavia, and modgrad, which modulates their gradient)")
-    method.add_argument("--cavia-context", type=positive_int,
+    method.add_argument("--context-size", type=positive_int,
                         help="numbers of that context (default: 5, as in CAVIA's README; 50 on half-cheetah)")
     method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
     method.add_argument("--context-dim", type=positive_int, default=32, help="D, length of ModGrad's nu")
@@ -369,7 +369,7 @@ class Learner(NamedTuple):
 
 def build_learner(args: argparse.Namespace, env, device: torch.device) -> Learner:
     """Xavier-uniform layers with zero biases, as in CAVIA's code; a context that is adapted is a further input."""
-    extra = args.cavia_context if args.adapt == ["context"] else 0
+    extra = args.context_size if args.adapt == ["context"] else 0
     theta, network = mlp([env.observation + extra, args.hidden, args.hidden, env.action])
     for name, t in theta.items():
         nn.init.zeros_(t) if name.endswith("bias") else nn.init.xavier_uniform_(t)

@@ -24,7 +24,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_celeba  # noqa: E402
-from common import describe_machine, mean_ci95, progress  # noqa: E402
+from common import describe_machine, mean_ci95, progress_over  # noqa: E402
 
 CELLS = [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]
 
@@ -88,13 +88,6 @@ def completion_errors(model: Mixture, test: torch.Tensor, given: torch.Tensor, r
         completed = log.softmax(0) @ (model.means + (solved.mT @ rows).squeeze(1))
         errors.append((completed - image).square().mean().item())
     return errors
-
-
-def progress_over(count: int, what: str):
-    with progress(count, 0, what) as bar:
-        for k in range(count):
-            yield k
-            bar.update(1)
 
 
 def main() -> None:

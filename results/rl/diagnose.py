@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_rl as rl  # noqa: E402
-from common import UsageError, describe_machine, mean_ci95, progress, run_main  # noqa: E402
+from common import UsageError, describe_machine, mean_ci95, progress_over, run_main  # noqa: E402
 
 
 def load(run: Path, threads: int | None):
@@ -113,7 +113,7 @@ def told(args) -> dict:
     """Train CAVIA's network with the direction itself as its context; as many roll-outs after the update, none before.
 
     What is reached is what policy, optimiser and samples can do when nothing has to be found out."""
-    flags = rl.parse_flags(["--env", "cheetah-dir", "--method", "cavia", "--cavia-context", "1", "--seed", str(args.seed)]
+    flags = rl.parse_flags(["--env", "cheetah-dir", "--method", "cavia", "--context-size", "1", "--seed", str(args.seed)]
                            + (["--smoke"] if args.smoke else []))
     flags.threads = args.threads
     torch.manual_seed(args.seed)
@@ -142,13 +142,6 @@ def told(args) -> dict:
     finally:
         rl.adapted_policy = adapted_policy
     return {"iterations": args.iterations, "seed": args.seed, **record, **by_direction(tasks, rollouts.returns())}
-
-
-def progress_over(total: int, description: str):
-    with progress(total, 0, description) as bar:
-        for k in range(total):
-            yield k
-            bar.update()
 
 
 def main(argv: list[str] | None = None) -> None:
