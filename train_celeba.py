@@ -462,8 +462,9 @@ def sample_tasks(images: Tensor, args: argparse.Namespace,
 
 
 def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, batch,
-              rng: torch.Generator | None) -> Tensor:
-    """One outer update on a meta-batch: returns (loss, squared error), (2,) on the device."""
+              rng: torch.Generator | None) -> Tensor | None:
+    """One outer update on a meta-batch: returns (loss, squared error), (2,) on the device; None, and nothing is
+    updated, if the gradient is not finite, as when the inner loop diverges on an image."""
     target, given, query = batch
     given_colours = target.gather(1, given.unsqueeze(-1).expand(-1, -1, 3))                  # (T, k, 3)
     target = target if query is None else target[:, query]
@@ -478,8 +479,8 @@ def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse
         loss, mse = outer_loss(output, target).mean(), squared_error(output.detach(), target).mean()
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    if args.clip_norm:
-        nn.utils.clip_grad_norm_(learner.parameters(), args.clip_norm)
+    if not nn.utils.clip_grad_norm_(learner.parameters(), args.clip_norm or math.inf).isfinite():
+        return None
     optimiser.step()
     return torch.stack([loss.detach(), mse.detach()])
 
@@ -491,15 +492,20 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     task_rng = torch.Generator(device).manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
-           "stopped": None}
+           "skipped": 0, "stopped": None}
     kept = {"optimiser": optimiser, "task_rng": task_rng, "noise_rng": noise_rng}
     with Training(learner, args, run, checkpoint, "iteration", now, kept) as training:
         while training.goes_on():
             for group in optimiser.param_groups:
                 group["lr"] = meta_lr(args, now["iteration"])
             batch = sample_tasks(splits["train"], args, task_rng)
-            training.advance(meta_step(learner, optimiser, args, batch, noise_rng))
-            if training.due(args.log_every):
+            losses = meta_step(learner, optimiser, args, batch, noise_rng)
+            training.advance(losses)
+            now["skipped"] += losses is None
+            if now["skipped"] > 10 + now["iteration"] / 100:
+                raise UsageError(f"the outer gradient was not finite in {now['skipped']} of {now['iteration']} iterations: "
+                                 "a smaller --inner-lr or --meta-lr usually helps")
+            if training.due(args.log_every) and now["pending"]:
                 _, mse = training.log("loss", "mse")
                 training.bar.set_postfix(mse=f"{mse:.4f}", val=f"{now['best_mse']:.4f}")
             if training.due(args.val_every):
@@ -721,7 +727,8 @@ def main(argv: list[str] | None = None) -> None:
         "metric": "mse", "value": mse, "ci95": ci95, "tasks": len(errors), "split": args.test_split, "dataset": dataset,
         "synthetic": synthetic, "split_sizes": {split: len(images) for split, images in splits.items()},
         "config": vars(args), "seed": args.seed, "iterations": now["iteration"], "images": images,
-        "best_iteration": now["best_iteration"], "best_val_mse": now["best_mse"], "kernel": backend,
+        "skipped_iterations": now["skipped"], "best_iteration": now["best_iteration"],
+        "best_val_mse": now["best_mse"], "kernel": backend,
         "train_seconds": now["seconds"], "train_images_per_second": images / now["seconds"]})
     print(f"{label}, {args.test_split} mean squared error: {mse:.4f} ± {ci95:.4f} over {len(errors)} images; "
           f"results in {run}")

@@ -175,6 +175,21 @@ def test_a_long_outer_gradient_is_shortened():
     assert norm() > 2e-3
 
 
+@pytest.mark.parametrize("kernel", ["auto", "closed"])
+def test_an_update_with_a_diverged_inner_loop_is_left_out(kernel, tmp_path):
+    args = celeba.parse_flags([*TINY, "--pixels", "4", "--kernel", kernel, "--inner-lr", "1e30"])
+    torch.manual_seed(0)
+    learner, images = celeba.build_learner(args, torch.device("cpu")), torch.from_numpy(celeba.synthetic_split("val"))
+    optimiser, before = torch.optim.SGD(learner.parameters(), lr=1.0), learner.state()
+    batch = celeba.sample_tasks(images, args, torch.Generator().manual_seed(0))
+    assert celeba.meta_step(learner, optimiser, args, batch, None) is None
+    assert all(torch.equal(t, learner.theta[name]) for name, t in before["theta"].items())
+    args.iterations, args.val_every = 50, 50
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(UsageError, match="not finite in 11 of 11 iterations"):
+        celeba.meta_train(learner, args, tmp_path, None, {"train": images, "val": images}, torch.device("cpu"))
+
+
 def test_thin_factors_complete_images_as_whole_matrices_do(double):
     args = celeba.parse_flags([*TINY, "--pixels", "4", "--inner-steps", "2", "--inner-lr", "2.0"])
     assert celeba.few_pixels(args)
