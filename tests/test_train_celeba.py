@@ -59,6 +59,25 @@ def test_linear_completion_is_exact_on_a_subspace_and_least_squares_elsewhere(li
     assert np.allclose(found, (fit[:5] - noisy[:5].flatten(1)).square().mean(1), rtol=1e-3)
 
 
+def test_the_additive_rule_is_the_best_of_its_kind(linear):
+    """One given pixel has no other: it is the linear rule. With two, no change of K does better on the images it is of."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(300, 6, generator=rng) @ torch.randn(6, 3 * 16, generator=rng)
+    images = (images + 0.1 * torch.randn(300, 48, generator=rng)).view(300, 16, 3)
+    model = linear.one_gaussian(images.flatten(1))
+    given = torch.rand(300, 16, generator=rng).topk(1).indices
+    alone = linear.additive_errors(model, images, given, 1e-4)
+    assert np.allclose(alone, linear.completion_errors(model, images, given, 1e-4, "test"), rtol=1e-3)
+    pairs = torch.combinations(torch.arange(16))
+    every = lambda: np.mean([np.mean(linear.additive_errors(model, images, pair.expand(300, -1), 1e-9)) for pair in pairs])
+    rule, least = linear.additive_rule(model, 2, 1e-9), every()
+    for change in 0.01 * torch.randn(3, 48, 48, generator=rng).double():
+        linear.additive_rule, kept = lambda *_: rule + change, linear.additive_rule
+        assert every() > least
+        linear.additive_rule = kept
+    assert np.mean(linear.completion_errors(model, images, pairs[7].expand(300, -1), 1e-4, "test")) < least
+
+
 def test_a_mixture_completes_what_no_linear_rule_can(linear):
     """Two kinds of images around opposite means, with five patterns of their own each: nine numbers are given, which tell
     the kind and then its five sizes, but not eleven sizes at once."""

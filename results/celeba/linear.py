@@ -6,6 +6,9 @@ Linear: with mu and C the mean and covariance of the training images' 3,072 numb
 y is completed as mu + C[:, S] (C[S, S] + ridge I)^-1 (y_S - mu_S), the linear rule of least squared error for these very
 places. It is given C, which a meta-learner has to find in its weights, and knows nothing that is not linear.
 
+Additive: the best rule that adds up one linear term per given pixel, whichever the others are: mu + sum_i K[:, i] (y_i - mu_i),
+one K for all sets of k random pixels. One plain gradient step on the last layer of a network of pixels is such a rule.
+
 Mixture: the same in each of K Gaussians, weighted by how likely each makes the given pixels, which is the best completion
 if images were drawn from the mixture, and not linear. It is fitted by EM to the leading principal components; what lies
 outside them keeps its overall covariance. Only the cells of 10 pixels: 100 would take hours. Pixels and test images are those
@@ -26,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import train_celeba  # noqa: E402
 from common import describe_machine, mean_ci95, progress_over  # noqa: E402
 
+PARTS = ("linear", "sizes", "additive", "mixture")
 CELLS = [("random", 10), ("random", 100), ("ordered", 10), ("ordered", 100)]
 
 
@@ -41,6 +45,24 @@ def one_gaussian(train: torch.Tensor) -> Mixture:
     mean = train.mean(0)
     covariance = (train - mean).T @ (train - mean) / len(train)
     return Mixture(torch.ones(1).double(), mean[None].double(), covariance[None].double())
+
+
+def additive_rule(model: Mixture, k: int, ridge: float) -> torch.Tensor:
+    """K (n, n): with x the centred image in which all but k of the n / 3 pixels, drawn at random, are 0, E[y x^T] E[x x^T]^-1."""
+    covariance = model.covariances[0]
+    pixels = len(covariance) // 3
+    one, two = k / pixels, k * (k - 1) / (pixels * (pixels - 1))        # chances that a pixel is given, and another as well
+    same = torch.kron(torch.eye(pixels), torch.ones(3, 3)).bool()
+    given = torch.where(same, one, two) * covariance + one * ridge * torch.eye(len(covariance)).double()
+    return torch.linalg.solve(given, one * covariance).T
+
+
+def additive_errors(model: Mixture, test: torch.Tensor, given: torch.Tensor, ridge: float) -> list[float]:
+    """Mean squared error of each image completed by the additive rule: test (T, P, 3), given (T, k) pixel numbers."""
+    mask = torch.zeros(test.shape[:2]).scatter_(1, given, 1.0).unsqueeze(2)
+    centred = test - model.means[0].float().view(-1, 3)
+    completed = (centred * mask).flatten(1) @ additive_rule(model, given.shape[1], ridge).T.float()
+    return (completed - centred.flatten(1)).square().mean(1).tolist()
 
 
 def fit_mixture(train: torch.Tensor, components: int, dims: int, rounds: int, prior: float = 200.0) -> Mixture:
@@ -93,8 +115,8 @@ def completion_errors(model: Mixture, test: torch.Tensor, given: torch.Tensor, r
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data/celeba", help="folder with CelebA")
-    parser.add_argument("--parts", nargs="+", choices=("linear", "sizes", "mixture"), default=["linear", "sizes", "mixture"],
-                        help="the linear rule in all cells, the same from fewer training images, the mixture")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
+                        help="the linear rule in all cells, the same from fewer training images, the additive rule, the mixture")
     parser.add_argument("--ridge", type=float, default=1e-4, help="added to the variances (colours are in [0, 1])")
     parser.add_argument("--components", type=int, default=12, help="K, Gaussians of the mixture")
     parser.add_argument("--dims", type=int, default=200, help="principal components in which they are fitted")
@@ -104,11 +126,15 @@ def main() -> None:
     splits = {name: torch.from_numpy(images.copy()) for name, images in train_celeba.load_splits(args.data).items()}
     train, test = train_celeba.colours(splits["train"]).flatten(1), train_celeba.colours(splits["test"])
 
-    def cell(model: Mixture, order: str, k: int, what: str) -> dict:
+    def cell(order: str, k: int, what: str, errors) -> dict:
         given = train_celeba.sample_pixels(len(test), k, order, torch.Generator().manual_seed(train_celeba.EVALUATION_SEED))
-        value, ci95 = mean_ci95(completion_errors(model, test, given, args.ridge, f"{what}, {order} {k}"))
+        value, ci95 = mean_ci95(errors(test, given))
         print(f"{what}, {order} {k}: {value:.4f} ± {ci95:.4f} over {len(test)} test images", flush=True)
         return {"value": value, "ci95": ci95}
+
+    def best(model: Mixture, order: str, k: int, what: str) -> dict:
+        errors = lambda test, given: completion_errors(model, test, given, args.ridge, f"{what}, {order} {k}")
+        return cell(order, k, what, errors)
 
     figures = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     figures |= {"command": "python results/celeba/linear.py --json results/celeba/linear.json", "ridge": args.ridge,
@@ -116,14 +142,17 @@ def main() -> None:
     if "linear" in args.parts:
         value, ci95 = mean_ci95((test.flatten(1) - train.mean(0)).square().mean(1).tolist())
         figures["mse"] = {"mean image": {"value": value, "ci95": ci95}} | {
-            f"{order} {k}": cell(one_gaussian(train), order, k, "linear") for order, k in CELLS}
+            f"{order} {k}": best(one_gaussian(train), order, k, "linear") for order, k in CELLS}
     if "sizes" in args.parts:
         figures["random_10_by_training_images"] = {
-            n: cell(one_gaussian(train[:n]), "random", 10, f"linear, {n} training images") for n in (1_500, 3_000, 6_000)}
+            n: best(one_gaussian(train[:n]), "random", 10, f"linear, {n} training images") for n in (1_500, 3_000, 6_000)}
+    if "additive" in args.parts:
+        errors = lambda test, given: additive_errors(one_gaussian(train), test, given, args.ridge)
+        figures["additive"] = {f"{order} {k}": cell(order, k, "additive", errors) for order, k in CELLS if order == "random"}
     if "mixture" in args.parts:
         mixture = fit_mixture(train, args.components, args.dims, args.rounds)
         figures["mixture"] = {"components": args.components, "dims": args.dims, "rounds": args.rounds, "mse": {
-            f"{order} {k}": cell(mixture, order, k, f"mixture of {args.components}") for order, k in CELLS if k == 10}}
+            f"{order} {k}": best(mixture, order, k, f"mixture of {args.components}") for order, k in CELLS if k == 10}}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
