@@ -301,15 +301,16 @@ def adapt_linear(loss_fn: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, alph
         for _ in range(steps):
             z = taken[-1](z, x) if taken else z
             z, x = z if differentiable else z.detach(), x if graph else x.detach()
-            slope = _gradient(lambda at: loss_fn(at["z"]), {"z": z}, graph)["z"]             # D, (T, N, out)
+            push = -alpha * _gradient(lambda at: loss_fn(at["z"]), {"z": z}, graph)["z"]     # -alpha D, (T, N, out)
+            total = push.sum(1)
 
             def step(nu: Tensor) -> LinearUpdate:
                 factors = generator(nu)
                 (row, col), scale = factors[weight], factors[bias][1]
-                signs = (1, -1) if (row < 0).any() and (col < 0).any() else (1,)
-                left = [slope * (-alpha * F.relu(sign * row)).unsqueeze(1) for sign in signs]
-                right = [x * F.relu(sign * col).unsqueeze(1) for sign in signs]
-                return LinearUpdate(_join(left), _join(right), -alpha * F.relu(scale) * slope.sum(1))
+                signed = [(row, col), (-row, -col)] if (row < 0).any() and (col < 0).any() else [(row, col)]
+                left = [push * F.relu(row).unsqueeze(1) for row, _ in signed]
+                right = [x * F.relu(col).unsqueeze(1) for _, col in signed]
+                return LinearUpdate(_join(left), _join(right), total * F.relu(scale))
 
             nu = _context(lambda nu: loss_fn(step(nu)(z, x)), _no_context(generator, x), graph, normalise_context)
             taken.append(step(nu))

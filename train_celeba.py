@@ -650,7 +650,7 @@ def one_at_a_time(learner: Learner, args: argparse.Namespace, batch) -> Tensor:
     return sum(losses)
 
 
-def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 7) -> None:
+def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 21) -> None:
     """--benchmark: images per second of whole meta-steps, ours and the loop over tasks."""
     if args.method not in ("modgrad", "maml") or "context" in args.adapt or args.outer_pixels < PIXELS or args.refine:
         raise UsageError("--benchmark compares modgrad or maml on the layers' tensors, all pixels in the outer loss")
