@@ -426,23 +426,21 @@ class OuterError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, keys, values, bias, weight, offset, target):
-        tasks, pixels, _ = target.shape
-        inputs, total = (z, keys, values, bias, weight, offset), 0.0
-        d_z, d_keys, d_values, d_bias, d_weight, d_offset = grads = [torch.zeros_like(t) for t in inputs]
-        for t, colour in enumerate(target.mT.contiguous()):
-            h = torch.addmm(z, keys[t].mT, values[t]).add_(bias[t]).relu_()                # (N, width)
-            error = (weight @ h.mT).add_(offset.unsqueeze(1)).sub_(colour)               # (3, N)
-            total = total + error.square().mean()
-            d_h = torch.ops.aten.threshold_backward(error.mT @ weight, h, 0)             # (N, width)
-            d_z.add_(d_h)
+        d_z, d_keys, d_values, d_bias, d_weight = (torch.zeros_like(t) for t in (z, keys, values, bias, weight))
+        errors = offset.unsqueeze(1) - target.mT.contiguous()                            # (T, 3, N), the rest is added below
+        h, d_h = torch.empty_like(z), torch.empty_like(z)                                # (N, width), of every task in turn
+        for t, error in enumerate(errors):
+            torch.addmm(z, keys[t].mT, values[t], out=h).add_(bias[t]).relu_()
+            error.addmm_(weight, h.mT)
+            torch.mm(error.mT, weight, out=d_h)
+            d_z.add_(torch.ops.aten.threshold_backward(d_h, h, 0, grad_input=d_h))
             torch.mm(values[t], d_h.mT, out=d_keys[t])
             torch.mm(keys[t], d_h, out=d_values[t])
             torch.sum(d_h, 0, out=d_bias[t])
             d_weight.addmm_(error, h)
-            d_offset.add_(error.sum(1))
         ctx.scale = 2 / target.numel()
-        ctx.save_for_backward(*grads)
-        return total / tasks
+        ctx.save_for_backward(d_z, d_keys, d_values, d_bias, d_weight, errors.sum((0, 2)))
+        return errors.square().mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
