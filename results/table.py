@@ -58,9 +58,10 @@ def celeba():
         c = r["config"]
         if (cell := f"{c['order']} {c['pixels']}") not in shown:
             shown.add(cell)
-            bound = linear["mse"][cell]
-            rows.append(f"| {cell} | [best linear predictor](results/celeba/linear.py) | - | - | "
-                        f"{bound['value']:.4f} ± {bound['ci95']:.4f} | - | {linear['device_name']} | - |")
+            for rule, bounds in (("linear predictor", linear["mse"]), ("additive rule", linear["additive"])):
+                if bound := bounds.get(cell):
+                    rows.append(f"| {cell} | [best {rule}](results/celeba/linear.py) | - | - | "
+                                f"{bound['value']:.4f} ± {bound['ci95']:.4f} | - | {linear['device_name']} | - |")
         loop = "none" if c["method"] == "cnp" else f"{c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
         rows.append(f"| {c['order']} {c['pixels']} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
                     f"{loop} | {r['iterations']:,}, {c['meta_lr_schedule']} rate | {r['value']:.4f} ± {r['ci95']:.4f} | "
