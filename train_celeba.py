@@ -421,14 +421,15 @@ class OuterError(torch.autograd.Function):
 
     The forward pass computes the gradients too, one task after the other: a task's activations (512 KiB) are used while
     they are in cache, where autograd keeps those of all tasks in memory.
-    z (N, width); keys (T, R, N); values (T, R, width); bias (T, width); weight (3, width); offset (3,); target (T, N, 3).
+    z (N, width); keys (T, R, N); values (T, R, width); bias (T, width); weight (3, width); offset (3,); target
+    (T, N, 3).
     """
 
     @staticmethod
     def forward(ctx, z, keys, values, bias, weight, offset, target):
         d_z, d_keys, d_values, d_bias, d_weight = (torch.zeros_like(t) for t in (z, keys, values, bias, weight))
-        errors = offset.unsqueeze(1) - target.mT.contiguous()                            # (T, 3, N), the rest is added below
-        h, d_h = torch.empty_like(z), torch.empty_like(z)                                # (N, width), of every task in turn
+        errors = offset.unsqueeze(1) - target.mT.contiguous()                            # (T, 3, N), to be completed
+        h, d_h = torch.empty_like(z), torch.empty_like(z)                                # (N, width), of one task
         for t, error in enumerate(errors):
             torch.addmm(z, keys[t].mT, values[t], out=h).add_(bias[t]).relu_()
             error.addmm_(weight, h.mT)
@@ -501,8 +502,8 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
             training.advance(losses)
             now["skipped"] += losses is None
             if now["skipped"] > 10 + now["iteration"] / 100:
-                raise UsageError(f"the outer gradient was not finite in {now['skipped']} of {now['iteration']} iterations: "
-                                 "a smaller --inner-lr or --meta-lr usually helps")
+                raise UsageError(f"the outer gradient was not finite in {now['skipped']} of {now['iteration']} "
+                                 "iterations: a smaller --inner-lr or --meta-lr usually helps")
             if training.due(args.log_every) and now["pending"]:
                 _, mse = training.log("loss", "mse")
                 training.bar.set_postfix(mse=f"{mse:.4f}", val=f"{now['best_mse']:.4f}")

@@ -262,7 +262,8 @@ def two_layers(options, outer=True, mixed=True):
         with torch.no_grad():
             for p in psi.parameters():
                 p.normal_()
-    x, y, queries = torch.randn(TASKS, 4, 6).double().requires_grad_(), torch.randn(TASKS, 4, 2).double(), torch.randn(9, 6).double()
+    x, y, queries = (torch.randn(size).double() for size in ((TASKS, 4, 6), (TASKS, 4, 2), (9, 6)))
+    x.requires_grad_()
     tail = lambda z: F.linear(F.relu(z), theta["fc2.weight"], theta["fc2.bias"])
     loss = lambda out: (out - y).square().mean((1, 2))
     adapted = adapt(lambda p: loss(chain({**theta, **p}, x)), {n: theta[n] for n in names}, TASKS, 0.3, psi, **options)
@@ -271,7 +272,8 @@ def two_layers(options, outer=True, mixed=True):
     update = adapt_linear(lambda z: loss(tail(z)), x, z(x), 0.3, psi, names, **options)
     result, weights = [], [*theta.values(), *psi.parameters(), x]
     for out in (expected, tail(update(z(queries), queries))):
-        result.append([out, *(torch.autograd.grad(out.square().sum(), weights, materialize_grads=True) if outer else ())])
+        grads = torch.autograd.grad(out.square().sum(), weights, materialize_grads=True) if outer else ()
+        result.append([out, *grads])
     return *result, update
 
 
