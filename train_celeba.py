@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -491,7 +492,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     task_rng = torch.Generator(device).manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
-           "skipped": 0, "stopped": None}
+           "skipped": 0, "diverged": 0, "stopped": None}           # diverged: validations in a row
     kept = {"optimiser": optimiser, "task_rng": task_rng, "noise_rng": noise_rng}
     with Training(learner, args, run, checkpoint, "iteration", now, kept) as training:
         while training.goes_on():
@@ -522,9 +523,21 @@ def meta_lr(args: argparse.Namespace, iteration: int) -> float:
 
 
 def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, now: dict) -> None:
-    """Measure the validation error and keep the weights if they are the best so far."""
-    mse, ci95 = mean_ci95(evaluate(learner, args, images[: args.val_images], "validation"))
-    check_finite(mse, "validation error", f"iteration {now['iteration']}", run)
+    """Measure the validation error and keep the weights if they are the best so far.
+
+    Weights whose inner loop diverges on an image are passed over; raises UsageError where none before them did better, or
+    the third time in a row.
+    """
+    errors = evaluate(learner, args, images[: args.val_images], "validation")
+    if diverged := sum(not math.isfinite(error) for error in errors):
+        now["diverged"] += 1
+        if now["best"] is None or now["diverged"] > 2:
+            check_finite(math.inf, "validation error", f"iteration {now['iteration']}", run)
+        append_log(run, {"iteration": now["iteration"], "val_diverged": diverged})
+        return print(f"\niteration {now['iteration']}: the inner loop diverged on {diverged} of {len(errors)} validation images; "
+                     f"the best weights remain those of iteration {now['best_iteration']}", file=sys.stderr)
+    now["diverged"] = 0
+    mse, ci95 = mean_ci95(errors)
     append_log(run, {"iteration": now["iteration"], "val_mse": mse, "val_ci95": ci95})
     if mse < now["best_mse"]:
         now.update(best_mse=mse, best_iteration=now["iteration"], best=learner.state())

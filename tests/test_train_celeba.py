@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import math
 import os
 import signal
 import zipfile
@@ -17,7 +18,7 @@ from PIL import Image
 import naive
 import runs
 import train_celeba as celeba
-from common import DataError, UsageError
+from common import DataError, UsageError, read_log
 
 torch.set_num_threads(1)                 # the networks are tiny, and other work may share the machine
 TINY = ["--width", "16", "--context-dim", "8", "--iterations", "12", "--val-every", "6", "--val-images", "6",
@@ -209,6 +210,25 @@ def test_an_update_with_a_diverged_inner_loop_is_left_out(kernel, tmp_path):
     (tmp_path / "log.jsonl").touch()
     with pytest.raises(UsageError, match="not finite in 11 of 11 iterations"):
         celeba.meta_train(learner, args, tmp_path, None, {"train": images, "val": images}, torch.device("cpu"))
+
+
+def test_weights_that_diverge_on_a_validation_image_are_passed_over(tmp_path, monkeypatch, capsys):
+    args, images = celeba.parse_flags([*TINY, "--val-images", "3"]), torch.from_numpy(celeba.synthetic_split("val"))
+    learner = celeba.build_learner(args, torch.device("cpu"))
+    now = {"iteration": 0, "best_mse": math.inf, "best_iteration": 0, "best": None, "diverged": 0}
+    (tmp_path / "log.jsonl").touch()
+    for k, errors in enumerate(([.3, .2, .1], [.1, math.inf, .1], [math.nan, .1, .1], [.1, .1, .1], [.4, .4, .4]), start=1):
+        now["iteration"] = k
+        monkeypatch.setattr(celeba, "evaluate", lambda *_: errors)
+        celeba.validate(learner, args, tmp_path, images, now)
+    assert (now["best_iteration"], now["diverged"]) == (4, 0) and now["best_mse"] == pytest.approx(0.1)
+    assert [sorted(line)[1] for line in read_log(tmp_path)] == [
+        "val_ci95", "val_diverged", "val_diverged", "val_ci95", "val_ci95"]
+    assert "diverged on 1 of 3 validation images; the best weights remain those of iteration 1" in capsys.readouterr().err
+    monkeypatch.setattr(celeba, "evaluate", lambda *_: [math.inf])
+    with pytest.raises(UsageError, match="non-finite validation error"):
+        for _ in range(3):
+            celeba.validate(learner, args, tmp_path, images, now)
 
 
 def test_thin_factors_complete_images_as_whole_matrices_do(double):
