@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import batch_norm, conv2d, modulated_step
+from kernels import batch_norm, conv2d, first_block, modulated_step, takes_first_block
 
 Tensors = dict[str, Tensor]
 
@@ -473,8 +473,11 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
     if x.device.type == "cpu":
         # Channels-last, task by task: batch norm and max-pool are then vectorised over channels and a task's
         # activations stay in cache; this block takes a small fraction of the time of the grouped form below.
-        images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
-        blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
+        if support is None and takes_first_block(x[0]):
+            blocks = [first_block(*task) for task in zip(x, *per_task)]
+        else:
+            images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
+            blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
         return torch.cat(blocks).unflatten(0, (tasks, -1))
     # Samples first in memory, so that tasks x channels are adjacent: a convolution with shared weights, one with
     # weights per task (grouped) and batch norm per task are one launch each, without a copy between blocks.

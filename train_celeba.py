@@ -534,8 +534,8 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tens
         if now["best"] is None or now["diverged"] > 2:
             check_finite(math.inf, "validation error", f"iteration {now['iteration']}", run)
         append_log(run, {"iteration": now["iteration"], "val_diverged": diverged})
-        return print(f"\niteration {now['iteration']}: the inner loop diverged on {diverged} of {len(errors)} validation images; "
-                     f"the best weights remain those of iteration {now['best_iteration']}", file=sys.stderr)
+        return print(f"\niteration {now['iteration']}: the inner loop diverged on {diverged} of {len(errors)} validation "
+                     f"images; the best weights remain those of iteration {now['best_iteration']}", file=sys.stderr)
     now["diverged"] = 0
     mse, ci95 = mean_ci95(errors)
     append_log(run, {"iteration": now["iteration"], "val_mse": mse, "val_ci95": ci95})

@@ -4,6 +4,7 @@ derivatives are cheap."""
 from kernels.layers import batch_norm, conv2d
 from kernels.modulate import (modulate, modulate_reference, modulated_step, modulated_step_reference,
                               resolve_backend)
+from kernels.stem import first_block, takes_first_block
 
-__all__ = ["batch_norm", "conv2d", "modulate", "modulate_reference", "modulated_step", "modulated_step_reference",
-           "resolve_backend"]
+__all__ = ["batch_norm", "conv2d", "first_block", "modulate", "modulate_reference", "modulated_step",
+           "modulated_step_reference", "resolve_backend", "takes_first_block"]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from kernels import batch_norm, conv2d
+from kernels import batch_norm, conv2d, layers
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -139,3 +139,22 @@ def test_vmap_over_tasks(op):
     together = torch.vmap(OPS[op][0])(*inputs)
     for k in range(3):
         torch.testing.assert_close(together[k], OPS[op][1](*(t[k] for t in inputs)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_weight_gradient_by_matrix_products(k):
+    x, weight, _ = tensors("conv", "channels-last", shape=(3, 4, 9, 7))
+    G = torch.linspace(-1, 1, 3 * 6 * 63, dtype=torch.float64).reshape(3, 6, 9, 7)
+    weight = weight.detach().repeat(1, 1, 2, 2)[..., :k, :k].requires_grad_()
+    own, = torch.autograd.grad(plain_conv2d(x, weight, None), weight, G)
+    torch.testing.assert_close(layers._weight_gradient(G, x.detach(), k), own, rtol=1e-12, atol=1e-12)
+
+
+def test_both_ways_to_a_weight_gradient_agree_in_both_orders(monkeypatch):
+    run = lambda: two_orders(conv2d, tensors("conv", "channels-last", torch.float32, shape=(2, 4, 9, 7)))
+    monkeypatch.setattr(layers, "_takes_products", lambda x, weight: False)
+    own, taken = run(), []
+    monkeypatch.setattr(layers, "_takes_products", lambda x, weight: taken.append(x.shape) or True)
+    for a, b in zip(run(), own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    assert len(taken) > 1

@@ -1,0 +1,158 @@
+"""The first block of an image network, conv, batch norm, max-pool 2, ReLU, with a batch norm that costs next to nothing.
+
+Its input is images, which need no gradient and have few channels. With a patch p of C k k numbers around each of n pixels,
+mean mu and covariance S over all of them, the convolution w (C', C k k) gives channels of mean w mu and variance w S w^T. So
+batch norm's statistics are known before anything is convolved, from sums over the images alone, and it joins the convolution:
+
+    scale = gamma (diag(w S w^T) + eps)^(-1/2)     y = relu(maxpool(x * (scale w) + beta - scale w mu))
+
+The first block's activations are the largest of a network. Here no batch norm passes over them, and none is kept: convolution,
+pool and ReLU run over a few images at a time, in cache, and only the pooled numbers remain. That y is piecewise linear in W = scale w and
+c = beta - scale w mu. With the winners of the pool, 1[y > 0] and D = dL/dy, cotangents (V, p) of (dW, dc):
+
+    dW = wgrad(scatter(1[y > 0] D), x)      dc = sum 1[y > 0] D      to D = 1[y > 0] gather(x * V + p)
+
+What batch norm adds to the derivatives comes from the C' C k k numbers of w, scale and mu, by autograd.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+MOST_CHANNELS = 4                # of the images; patches of more are no small matter
+POOL = [2, 2], [2, 2], [0, 0], [1, 1], False         # window, stride, padding, dilation, no rounding up
+CACHED = 2 ** 19                 # numbers of a convolution's output that are worked on at a time
+
+
+def takes_first_block(x) -> bool:
+    """Whether x (N, C, H, W) are images for which `first_block` pays, here and now."""
+    return (x.device.type == "cpu" and x.shape[1] <= MOST_CHANNELS and not x.requires_grad
+            and not torch.compiler.is_compiling())          # the compiler does not take Functions inside torch.func
+
+
+def first_block(images, weight, gamma, beta, eps: float = 1e-5):
+    """relu(max_pool2d(batch_norm(conv2d(images, weight)), 2)), on a CPU, with exact first and second derivatives.
+
+    images (N, C, H, W), which may not require a gradient, C up to 4; weight (C', C, k, k), k odd; gamma, beta (C').
+    Returns (N, C', H/2, W/2), channels-last. The variance is a difference of second moments: images are to be centred,
+    roughly, as the data loaders do (at a mean of 100 standard deviations three digits of it would be left).
+    """
+    if images.requires_grad:
+        raise ValueError("first_block is for images that need no gradient: use conv2d and batch_norm")
+    mean, covariance = patch_moments(images.detach(), weight.shape[-1])
+    flat = weight.flatten(1).double()                                                                # (C', C k k)
+    variance = ((flat @ covariance) * flat).sum(1).clamp_min(0)
+    scale = gamma * torch.rsqrt(variance + eps)
+    shift = beta - scale * (flat @ mean)
+    dtype = images.dtype
+    return _ConvPoolRelu.apply(images, (weight * scale[:, None, None, None]).to(dtype), shift.to(dtype))[0]
+
+
+def patch_moments(images, k: int):
+    """Mean (C k k) and covariance (C k k, C k k) of the zero-padded k x k patches around all pixels of images (N, C, H, W).
+
+    Both are float64; products are summed in float32 (or float64, if the images are) over one part of the images only.
+    """
+    images = images if images.dtype == torch.float64 else images.float()
+    first = second = 0
+    for part in images.split(max(1, CACHED // (images[0].numel() * k * k))):
+        patches = _patches(part, k)
+        first, second = first + patches.sum(1).double(), second + (patches @ patches.mT).double()
+    pixels = images.numel() // images.shape[1]
+    mean = first / pixels
+    return mean, second / pixels - torch.outer(mean, mean)
+
+
+def _patches(x, k: int):
+    """x (n, C, H, W) -> (C k k, n H W), each pixel's patch a column, in the order of a convolution's weights."""
+    n, channels, height, width = x.shape
+    padded = F.pad(x.contiguous(), [k // 2] * 4)
+    by_image, by_channel, by_row, _ = padded.stride()
+    patches = padded.as_strided((channels, k, k, n, height, width), (by_channel, by_row, 1, by_image, by_row, 1))
+    return patches.reshape(channels * k * k, -1)
+
+
+def _last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _planes(x, channels: int, shrink: int, dtype=None):
+    """Room for x's convolution (1), or for the pooled one (2): (N, channels, H / shrink, W / shrink), channels-last."""
+    size = len(x), channels, x.shape[2] // shrink, x.shape[3] // shrink
+    return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _parts(images, weight):
+    """How many images to convolve at a time."""
+    return max(1, CACHED // (weight.shape[0] * images.shape[2] * images.shape[3]))
+
+
+class _ConvPoolRelu(Function):
+    """(x, weight, bias) -> y, and for the backward pass the winners' places in the planes (N, C', H/2, W/2)."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        step = _parts(x, weight)
+        y, winners = _planes(x, weight.shape[0], 2), _planes(x, weight.shape[0], 2, torch.int64)
+        for part, out, places in zip(x.split(step), y.split(step), winners.split(step)):
+            planes = F.conv2d(_last(part), weight, bias, padding=weight.shape[-1] // 2)
+            torch.ops.aten.max_pool2d_with_indices.out(planes, *POOL, out=out, indices=places)
+            out.relu_()
+        return y, winners
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _ = inputs
+        y, winners = output
+        ctx.save_for_backward(x, y, winners)
+        ctx.weight_shape = weight.shape
+        ctx.mark_non_differentiable(winners)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, D, _):
+        if D is None:
+            return None, None, None
+        return None, *_ConvPoolReluBackward.apply(D, *ctx.saved_tensors, ctx.weight_shape)
+
+
+class _ConvPoolReluBackward(Function):
+    """(D, x, y, winners, shape of the weights) -> dW, dc. It is linear in D; y and winners are constants almost everywhere."""
+
+    @staticmethod
+    def forward(D, x, y, winners, shape):
+        D = torch.ops.aten.threshold_backward(_last(D), y, 0)
+        step, weight_gradient = _parts(x, y[0]), 0
+        for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
+            G = torch.ops.aten.max_pool2d_with_indices_backward(D_part, _planes(x, shape[0], 1), *POOL, winners)
+            weight_gradient = weight_gradient + _weight_gradient(G, x, shape)
+        return weight_gradient, D.sum((0, 2, 3))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, y, winners, _ = inputs
+        ctx.save_for_backward(x, y, winners)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, V, p):
+        x, y, winners = ctx.saved_tensors
+        if V is None and p is None:
+            return None, None, None, None, None
+        V = x.new_zeros((y.shape[1], x.shape[1], 1, 1)) if V is None else V
+        step, parts = _parts(x, y[0]), []
+        for x, winners in zip(x.split(step), winners.split(step)):
+            planes = F.conv2d(_last(x), V, p, padding=V.shape[-1] // 2).permute(0, 2, 3, 1)              # (n, H, W, C')
+            places = winners.permute(0, 2, 3, 1)                                                         # (n, H/2, W/2, C')
+            parts.append(planes.flatten(1, 2).gather(1, places.flatten(1, 2)).unflatten(1, places.shape[1:3]))
+        return torch.cat(parts).permute(0, 3, 1, 2) * (y > 0), None, None, None, None
+
+
+def _weight_gradient(G, x, shape):
+    """wgrad of a convolution with few input channels: patches as columns, then one matrix product. Channels-last."""
+    k, margin = shape[-1], shape[-1] // 2
+    if x.dtype not in (torch.float32, torch.float64):
+        return torch.ops.aten.convolution_backward(G, x, x.new_empty(shape), [shape[0]], [1, 1], [margin, margin], [1, 1],
+                                                   False, [0, 0], 1, [False, True, False])[1]
+    product = _patches(x, k) @ G.permute(0, 2, 3, 1).flatten(0, 2)                                   # (C k k, C')
+    return product.mT.reshape(shape)
