@@ -377,6 +377,7 @@ def measure(args: argparse.Namespace) -> dict:
     device = setup(mini.parse_flags(training_flags(args)))
     figures = {"command": "python benchmark.py " + " ".join(sys.argv[1:]), **describe_machine(device),
                "device": device.type, "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+               "cpu_capability": torch.backends.cpu.get_cpu_capability(),
                "shots": args.shots, "image_size": args.image_size, "channels": args.channels, "images": "synthetic",
                "repeats": args.repeats, "cases": [], "peak_memory_bytes": {}, "scaling": {},
                "matmul_gflops": {str(t)[6:]: multiply_rate(device, t) for t in (torch.float32, torch.bfloat16)}}

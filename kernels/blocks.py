@@ -4,7 +4,8 @@
     python -m kernels.blocks --images 75
 
     pytorch     batch norm, ReLU, max-pool, all of PyTorch's own, as MAML codes write it
-    closed      kernels/layers.py's batch norm with its closed double backward, then max-pool, then ReLU, as modgrad.py
+    closed      kernels/layers.py's batch norm with its closed double backward, then max-pool, then ReLU, as modgrad.py; of
+                images, on a CPU, it takes kernels/stem.py instead, where the batch norm joins the convolution
     compile     torch.compile of `pytorch` with its derivatives by torch.func in one graph, if --compiled asks for it:
                 compilation takes minutes on a CPU
 

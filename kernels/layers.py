@@ -135,7 +135,7 @@ def _weight_gradient(G, x, k):
         inside.copy_(image)
         patches = padded.as_strided((height + 2 * margin, width, size), (by_row, by_pixel, 1)).contiguous()
         patches = patches.as_strided((k, height * width, size), (width * size, size, 1))        # seen from each of k rows
-        total.baddbmm_(patches.mT, image_G.reshape(1, height * width, -1).expand(k, -1, -1))
+        total = torch.baddbmm(total, patches.mT, image_G.reshape(1, height * width, -1).expand(k, -1, -1))
     return total.view(k, k, x.shape[1], -1).permute(3, 2, 0, 1).contiguous()
 
 

@@ -6,9 +6,9 @@ batch norm's statistics are known before anything is convolved, from sums over t
 
     scale = gamma (diag(w S w^T) + eps)^(-1/2)     y = relu(maxpool(x * (scale w) + beta - scale w mu))
 
-The first block's activations are the largest of a network. Here no batch norm passes over them, and none is kept: convolution,
-pool and ReLU run over a few images at a time, in cache, and only the pooled numbers remain. That y is piecewise linear in W = scale w and
-c = beta - scale w mu. With the winners of the pool, 1[y > 0] and D = dL/dy, cotangents (V, p) of (dW, dc):
+The first block's activations are the largest of a network. Here no batch norm passes over them and none is kept: convolution,
+pool and ReLU run over a few images at a time, in cache, and only the pooled numbers remain. y is piecewise linear in
+W = scale w and c = beta - scale w mu. With the winners of the pool, D = dL/dy and cotangents (V, p) of (dW, dc):
 
     dW = wgrad(scatter(1[y > 0] D), x)      dc = sum 1[y > 0] D      to D = 1[y > 0] gather(x * V + p)
 

@@ -121,7 +121,8 @@ def speeds():
 
 
 def machine(s):
-    return f"{s['device_name']}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
+    kind = f" ({s['cpu_capability']})" if s["device"] == "cpu" and "cpu_capability" in s else ""
+    return f"{s['device_name']}{kind}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
 
 
 CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`",
