@@ -9,7 +9,8 @@ CONVOLUTION  y = x * w + b is linear in x and in w. With G = dL/dy and cotangent
 
     to G = U * w + x * V + c         to x = dgrad(G, V)         to w = wgrad(G, U)
 
-On CPUs with AVX2 alone PyTorch's wgrad of large channels-last planes is slower than matrix products; then these are taken.
+On CPUs with AVX2 alone PyTorch's wgrad of large channels-last planes is far from the rate of a matrix product; there it is made
+of such, after Winograd.
 
 BATCH NORM, per channel over n numbers:  xhat = (x - mean) r,  r = (var + eps)^(-1/2),  y = gamma xhat + beta.  With
 P(A) = A - mean(A) - xhat mean(A xhat), which is symmetric:   dx = gamma r P(G),  dgamma = sum G xhat,  dbeta = sum G,
@@ -113,30 +114,47 @@ def _conv_gradients(G, x, weight, groups, wanted):
     if any(rest):
         dx, dweight, dbias = torch.ops.aten.convolution_backward(G, x, weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1],
                                                                  False, [0, 0], groups, rest)
-    return dx, _weight_gradient(G, x, weight.shape[-1]) if by_products else dweight, dbias
+    return dx, _weight_gradient(G, x) if by_products else dweight, dbias
 
 
 def _takes_products(x, weight) -> bool:
-    """Whether `_weight_gradient` is faster than PyTorch's: by a fifth on AVX2, for large planes, channels-last."""
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and _layout(x) is torch.channels_last
-            and x[0].numel() * weight[0, 0].numel() >= LARGE_PLANES and torch.backends.cpu.get_cpu_capability() == "AVX2")
+    """Whether `_weight_gradient` is faster than PyTorch's: nearly twice on AVX2, for large planes, channels-last."""
+    return (x.device.type == "cpu" and x.dtype == torch.float32 and weight.shape[-1] == 3
+            and _layout(x) is torch.channels_last and 9 * x[0].numel() >= LARGE_PLANES
+            and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
-def _weight_gradient(G, x, k):
-    """dL/dw (C', C, k, k) from G (N, C', H, W) and x (N, C, H, W), image by image: each of the filters' k rows is one matrix
-    product with the patches of one row, which stay in cache."""
-    height, width = x.shape[2:]
-    margin, size = k // 2, k * x.shape[1]
-    total = G.new_zeros(k, size, G.shape[1])
-    padded = G.new_zeros(height + 2 * margin, width + 2 * margin, x.shape[1])
-    inside = padded[margin: margin + height, margin: margin + width]
-    by_row, by_pixel, _ = padded.stride()
+# Winograd's minimal filtering in one dimension. Four outputs y_i = sum_t w_t x_(i + t) of a filter with three taps are
+# y = OUTPUT^T (FILTER w * INPUT x) with 6 products instead of 12; so dL/dw = FILTER^T (OUTPUT dL/dy * INPUT x).
+FILTER = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
+INPUT = torch.tensor([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
+                      [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]], dtype=torch.float64)
+OUTPUT = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [1, 2, 4, 8], [1, -2, 4, -8], [0, 0, 0, 1]],
+                      dtype=torch.float64)
+
+
+def _weight_gradient(G, x):
+    """dL/dw (C', C, 3, 3) from G (N, C', H, W) and x (N, C, H, W), by matrix products with half of the multiplications.
+
+    Image by image, which stays in cache: rows are cut into tiles of four outputs and their six inputs, transformed, and the
+    six products are summed over all tiles, three times, for the filter's three rows.
+    """
+    (channels, height, width), out = x.shape[1:], G.shape[1]
+    tiles = -(-width // 4)
+    to_filter, to_input, to_output = FILTER.to(x), INPUT.to(x), OUTPUT.to(x)
+    padded_x, padded_G = x.new_zeros(height + 2, 4 * tiles + 2, channels), G.new_zeros(height, 4 * tiles, out)
+    inputs = padded_x.as_strided((6, height + 2, tiles, channels), (channels, padded_x.stride(0), 4 * channels, 1))
+    outputs = padded_G.as_strided((4, height, tiles, out), (out, padded_G.stride(0), 4 * out, 1))
+    sums = [x.new_zeros(3, channels, out)] * 6
     for image, image_G in zip(x.permute(0, 2, 3, 1), G.permute(0, 2, 3, 1)):
-        inside.copy_(image)
-        patches = padded.as_strided((height + 2 * margin, width, size), (by_row, by_pixel, 1)).contiguous()
-        patches = patches.as_strided((k, height * width, size), (width * size, size, 1))        # seen from each of k rows
-        total = torch.baddbmm(total, patches.mT, image_G.reshape(1, height * width, -1).expand(k, -1, -1))
-    return total.view(k, k, x.shape[1], -1).permute(3, 2, 0, 1).contiguous()
+        padded_x[1:-1, 1:width + 1] = image
+        padded_G[:, :width] = image_G
+        transformed = to_input @ inputs.reshape(6, -1)                                       # (6, (H + 2) tiles C)
+        factors = (to_output @ outputs.reshape(4, -1)).view(6, 1, height * tiles, out)
+        for k, factor in enumerate(factors):
+            rows = transformed[k].as_strided((3, height * tiles, channels), (tiles * channels, channels, 1))
+            sums[k] = torch.baddbmm(sums[k], rows.mT, factor.expand(3, -1, -1))
+    return torch.einsum("pt,pkco->ockt", to_filter, torch.stack(sums)).contiguous()
 
 
 class _BatchNorm(Function):
