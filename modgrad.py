@@ -478,7 +478,7 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
         else:
             images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
             blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
-        return torch.cat(blocks).unflatten(0, (tasks, -1))
+        return (blocks[0] if tasks == 1 else torch.cat(blocks)).unflatten(0, (tasks, -1))
     # Samples first in memory, so that tasks x channels are adjacent: a convolution with shared weights, one with
     # weights per task (grouped) and batch norm per task are one launch each, without a copy between blocks.
     x = x.transpose(0, 1)                                                            # (N, T, C, H, W)

@@ -82,9 +82,9 @@ def _planes(x, channels: int, shrink: int, dtype=None):
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _parts(images, weight):
+def _parts(x, channels: int) -> int:
     """How many images to convolve at a time."""
-    return max(1, CACHED // (weight.shape[0] * images.shape[2] * images.shape[3]))
+    return max(1, CACHED // (channels * x.shape[2] * x.shape[3]))
 
 
 class _ConvPoolRelu(Function):
@@ -92,7 +92,7 @@ class _ConvPoolRelu(Function):
 
     @staticmethod
     def forward(x, weight, bias):
-        step = _parts(x, weight)
+        step = _parts(x, weight.shape[0])
         y, winners = _planes(x, weight.shape[0], 2), _planes(x, weight.shape[0], 2, torch.int64)
         for part, out, places in zip(x.split(step), y.split(step), winners.split(step)):
             planes = F.conv2d(_last(part), weight, bias, padding=weight.shape[-1] // 2)
@@ -122,7 +122,7 @@ class _ConvPoolReluBackward(Function):
     @staticmethod
     def forward(D, x, y, winners, shape):
         D = torch.ops.aten.threshold_backward(_last(D), y, 0)
-        step, weight_gradient = _parts(x, y[0]), 0
+        step, weight_gradient = _parts(x, shape[0]), 0
         for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
             G = torch.ops.aten.max_pool2d_with_indices_backward(D_part, _planes(x, shape[0], 1), *POOL, winners)
             weight_gradient = weight_gradient + _weight_gradient(G, x, shape)
@@ -140,7 +140,7 @@ class _ConvPoolReluBackward(Function):
         if V is None and p is None:
             return None, None, None, None, None
         V = x.new_zeros((y.shape[1], x.shape[1], 1, 1)) if V is None else V
-        step, parts = _parts(x, y[0]), []
+        step, parts = _parts(x, y.shape[1]), []
         for x, winners in zip(x.split(step), winners.split(step)):
             planes = F.conv2d(_last(x), V, p, padding=V.shape[-1] // 2).permute(0, 2, 3, 1)              # (n, H, W, C')
             places = winners.permute(0, 2, 3, 1)                                                         # (n, H/2, W/2, C')
