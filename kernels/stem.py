@@ -35,7 +35,8 @@ def first_block(images, weight, gamma, beta, eps: float = 1e-5):
 
     images (N, C, H, W), which may not require a gradient, C up to 4; weight (C', C, k, k), k odd; gamma, beta (C').
     Returns (N, C', H/2, W/2), channels-last. The variance is a difference of second moments: images are to be centred,
-    roughly, as the data loaders do (at a mean of 100 standard deviations three digits of it would be left).
+    roughly, as the data loaders do (at a mean of 100 standard deviations three digits of it would be left). Raises ValueError
+    for images that require a gradient.
     """
     if images.requires_grad:
         raise ValueError("first_block is for images that need no gradient: use conv2d and batch_norm")

@@ -155,5 +155,16 @@ def test_both_ways_to_a_weight_gradient_agree_in_both_orders(monkeypatch):
     own, taken = run(), []
     monkeypatch.setattr(layers, "_takes_products", lambda x, weight: taken.append(x.shape) or True)
     for a, b in zip(run(), own, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())       # two orders of float32 sums
     assert len(taken) > 1
+
+
+def test_matrix_products_are_for_large_planes_on_avx2(monkeypatch):
+    last = lambda *shape, **kind: torch.zeros(shape, **kind).contiguous(memory_format=torch.channels_last)
+    weight, large = torch.zeros(64, 64, 3, 3), last(1, 64, 42, 42)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert layers._takes_products(large, weight)
+    for x, w in ((last(1, 64, 21, 21), weight), (large.contiguous(), weight), (large.double(), weight), (large, weight[..., :1, :1])):
+        assert not layers._takes_products(x, w)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert not layers._takes_products(large, weight)

@@ -47,11 +47,11 @@ def test_against_finite_differences(layout):
 
 
 def test_float32_is_nearer_to_float64_than_pytorchs_own():
-    x, parameters = tensors((21, 21), dtype=torch.float32, images=25, out=16)
+    x, parameters = tensors((42, 42), dtype=torch.float32, images=25, out=16)
     exact = orders(plain, x.double(), [p.detach().double().requires_grad_() for p in parameters])
     error = lambda found: [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
     ours, theirs = error(orders(first_block, x, parameters)), error(orders(plain, x, parameters))
-    assert max(ours) < 1e-5 and max(ours) < 2 * max(theirs)
+    assert max(ours) < 1e-5 and max(ours) < max(theirs) / 2          # 5e-6 and 6e-5 seen: PyTorch adds a channel up one by one
 
 
 def test_sixteen_bits_cost_no_more_than_layer_by_layer():
@@ -62,7 +62,7 @@ def test_sixteen_bits_cost_no_more_than_layer_by_layer():
     exact = orders(plain, x, parameters)
     error = lambda block: [((a - b).norm() / b.norm()).item() for a, b in zip(orders(block, x.bfloat16(), parameters), exact)]
     assert first_block(x.bfloat16(), *parameters).dtype == torch.bfloat16
-    assert sum(error(first_block)) < 1.5 * sum(error(layer_by_layer))
+    assert sum(error(first_block)) < 1.5 * sum(error(layer_by_layer))       # both round at random; 0.87 seen
 
 
 def test_moments_are_those_of_all_patches():
