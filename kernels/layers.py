@@ -9,8 +9,7 @@ CONVOLUTION  y = x * w + b is linear in x and in w. With G = dL/dy and cotangent
 
     to G = U * w + x * V + c         to x = dgrad(G, V)         to w = wgrad(G, U)
 
-On CPUs with AVX2 alone PyTorch's wgrad of large channels-last planes is far from the rate of a matrix product; there it is made
-of such, after Winograd.
+On CPUs with AVX2 alone these are taken from kernels/winograd.py where that is faster.
 
 BATCH NORM, per channel over n numbers:  xhat = (x - mean) r,  r = (var + eps)^(-1/2),  y = gamma xhat + beta.  With
 P(A) = A - mean(A) - xhat mean(A xhat), which is symmetric:   dx = gamma r P(G),  dgamma = sum G xhat,  dbeta = sum G,
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-LARGE_PLANES = 2 ** 19           # numbers in all patches of an image
+from kernels import winograd
 
 
 def conv2d(x, weight, bias=None, groups: int = 1):
@@ -46,8 +45,21 @@ def batch_norm(x, gamma, beta, eps: float = 1e-5):
 
 def _layout(like):
     """The memory format that the gradient of `like` should have, so that no kernel mixes two."""
+    if torch._C._functorch.is_batchedtensor(like):                                 # vmap knows one layout
+        return torch.contiguous_format
     channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _used_now(ctx, k: int) -> bool:
+    """Whether this very backward pass uses the gradient of input k. `needs_input_grad` is also true where only another pass
+    will ask for it: an inner loop's gradients are those of some weights, the outer one's those of the activations too."""
+    if not ctx.needs_input_grad[k]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[k][0])
+    except RuntimeError:                     # it does not tell for leaves of the graph
+        return True
 
 
 class _Conv(Function):
@@ -57,6 +69,9 @@ class _Conv(Function):
 
     @staticmethod
     def forward(x, weight, bias, groups):
+        if groups == 1 and winograd.pays(x, weight):
+            y = winograd.convolve(x, weight)
+            return y if bias is None else y.add_(bias[:, None, None])
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
 
     @staticmethod
@@ -67,8 +82,7 @@ class _Conv(Function):
     @staticmethod
     def backward(ctx, G):
         x, weight = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        return *_ConvBackward.apply(G, x, weight, ctx.groups, wanted), None
+        return *_ConvBackward.apply(G, x, weight, ctx.groups, [_used_now(ctx, 0), *ctx.needs_input_grad[1:3]]), None
 
 
 class _ConvBackward(Function):
@@ -78,7 +92,19 @@ class _ConvBackward(Function):
 
     @staticmethod
     def forward(G, x, weight, groups, wanted):
-        return _conv_gradients(G.contiguous(memory_format=_layout(x)), x, weight, groups, wanted)
+        G = G.contiguous(memory_format=_layout(x))
+        dx = dweight = None
+        if wanted[0] and groups == 1 and winograd.pays(G, weight):
+            dx = winograd.input_gradient(G, weight)
+        if wanted[1] and groups == 1 and winograd.pays_for_weights(x, weight):
+            dweight = winograd.weight_gradient(G, x)
+        rest = [wanted[0] and dx is None, wanted[1] and dweight is None, wanted[2]]
+        if not any(rest):
+            return dx, dweight, None
+        pad = weight.shape[-1] // 2
+        others = torch.ops.aten.convolution_backward(G, x, weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1], False,
+                                                     [0, 0], groups, rest)
+        return others[0] if rest[0] else dx, others[1] if rest[1] else dweight, others[2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -92,69 +118,18 @@ class _ConvBackward(Function):
         needs_G, needs_x, needs_weight = ctx.needs_input_grad[:3]
         to_G = to_x = to_weight = None
         if needs_G:
-            to_G = None if U is None else F.conv2d(U, weight, c, padding=weight.shape[-1] // 2, groups=ctx.groups)
+            to_G = None if U is None else _Conv.apply(U, weight, c, ctx.groups)
             if V is not None:
                 rest = c if U is None else None
-                other = F.conv2d(x, V, rest, padding=weight.shape[-1] // 2, groups=ctx.groups)
+                other = _Conv.apply(x, V, rest, ctx.groups)
                 to_G = other if to_G is None else to_G + other
             elif U is None and c is not None:
                 to_G = c[:, None, None].expand_as(G)
         wanted = [needs_x and V is not None, needs_weight and U is not None, False]
         if any(wanted):                      # dgrad reads the weight's place only, wgrad the input's
-            to_x, to_weight, _ = _conv_gradients(G.contiguous(memory_format=_layout(x)), x if U is None else U,
-                                                 weight if V is None else V, ctx.groups, wanted)
+            to_x, to_weight, _ = _ConvBackward.apply(G, x if U is None else U, weight if V is None else V, ctx.groups,
+                                                     wanted)
         return to_G, to_x, to_weight, None, None
-
-
-def _conv_gradients(G, x, weight, groups, wanted):
-    pad = weight.shape[-1] // 2
-    by_products = wanted[1] and groups == 1 and _takes_products(x, weight)
-    rest = [wanted[0], wanted[1] and not by_products, wanted[2]]
-    dx = dweight = dbias = None
-    if any(rest):
-        dx, dweight, dbias = torch.ops.aten.convolution_backward(G, x, weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1],
-                                                                 False, [0, 0], groups, rest)
-    return dx, _weight_gradient(G, x) if by_products else dweight, dbias
-
-
-def _takes_products(x, weight) -> bool:
-    """Whether `_weight_gradient` is faster than PyTorch's: nearly twice on AVX2, for large planes, channels-last."""
-    return (x.device.type == "cpu" and x.dtype == torch.float32 and weight.shape[-1] == 3
-            and _layout(x) is torch.channels_last and 9 * x[0].numel() >= LARGE_PLANES
-            and torch.backends.cpu.get_cpu_capability() == "AVX2")
-
-
-# Winograd's minimal filtering in one dimension. Four outputs y_i = sum_t w_t x_(i + t) of a filter with three taps are
-# y = OUTPUT^T (FILTER w * INPUT x) with 6 products instead of 12; so dL/dw = FILTER^T (OUTPUT dL/dy * INPUT x).
-FILTER = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64) / 24
-INPUT = torch.tensor([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
-                      [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]], dtype=torch.float64)
-OUTPUT = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [1, 2, 4, 8], [1, -2, 4, -8], [0, 0, 0, 1]],
-                      dtype=torch.float64)
-
-
-def _weight_gradient(G, x):
-    """dL/dw (C', C, 3, 3) from G (N, C', H, W) and x (N, C, H, W), by matrix products with half of the multiplications.
-
-    Image by image, which stays in cache: rows are cut into tiles of four outputs and their six inputs, transformed, and the
-    six products are summed over all tiles, three times, for the filter's three rows.
-    """
-    (channels, height, width), out = x.shape[1:], G.shape[1]
-    tiles = -(-width // 4)
-    to_filter, to_input, to_output = FILTER.to(x), INPUT.to(x), OUTPUT.to(x)
-    padded_x, padded_G = x.new_zeros(height + 2, 4 * tiles + 2, channels), G.new_zeros(height, 4 * tiles, out)
-    inputs = padded_x.as_strided((6, height + 2, tiles, channels), (channels, padded_x.stride(0), 4 * channels, 1))
-    outputs = padded_G.as_strided((4, height, tiles, out), (out, padded_G.stride(0), 4 * out, 1))
-    sums = [x.new_zeros(3, channels, out)] * 6
-    for image, image_G in zip(x.permute(0, 2, 3, 1), G.permute(0, 2, 3, 1)):
-        padded_x[1:-1, 1:width + 1] = image
-        padded_G[:, :width] = image_G
-        transformed = to_input @ inputs.reshape(6, -1)                                       # (6, (H + 2) tiles C)
-        factors = (to_output @ outputs.reshape(4, -1)).view(6, 1, height * tiles, out)
-        for k, factor in enumerate(factors):
-            rows = transformed[k].as_strided((3, height * tiles, channels), (tiles * channels, channels, 1))
-            sums[k] = torch.baddbmm(sums[k], rows.mT, factor.expand(3, -1, -1))
-    return torch.einsum("pt,pkco->ockt", to_filter, torch.stack(sums)).contiguous()
 
 
 class _BatchNorm(Function):

@@ -141,30 +141,28 @@ def test_vmap_over_tasks(op):
         torch.testing.assert_close(together[k], OPS[op][1](*(t[k] for t in inputs)), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("size", [(9, 7), (3, 4), (1, 13), (5, 1)])
-def test_weight_gradient_by_matrix_products(size):
-    x, weight, _ = tensors("conv", "channels-last", shape=(3, 4, *size))
-    G = torch.linspace(-1, 1, 18 * size[0] * size[1], dtype=torch.float64).reshape(3, 6, *size)
-    own, = torch.autograd.grad(plain_conv2d(x, weight, None), weight, G)
-    torch.testing.assert_close(layers._weight_gradient(G, x.detach()), own, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_over_gradients(op):
+    inputs = [torch.stack([t.detach(), 2 * t.detach()]) for t in tensors(op)]
+    gradient = lambda function: torch.func.grad(lambda *args: function(*args).pow(3).sum(), argnums=(0, 1, 2))
+    together = torch.vmap(gradient(OPS[op][0]))(*inputs)
+    for k in range(2):
+        for ours, own in zip(together, gradient(OPS[op][1])(*(t[k] for t in inputs)), strict=True):
+            torch.testing.assert_close(ours[k], own, rtol=1e-8, atol=1e-8)
 
 
-def test_both_ways_to_a_weight_gradient_agree_in_both_orders(monkeypatch):
-    run = lambda: two_orders(conv2d, tensors("conv", "channels-last", torch.float32, shape=(2, 4, 9, 7)))
-    monkeypatch.setattr(layers, "_takes_products", lambda x, weight: False)
-    own, taken = run(), []
-    monkeypatch.setattr(layers, "_takes_products", lambda x, weight: taken.append(x.shape) or True)
-    for a, b in zip(run(), own, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())       # two orders of float32 sums
-    assert len(taken) > 1
-
-
-def test_matrix_products_are_for_large_planes_on_avx2(monkeypatch):
-    last = lambda *shape, **kind: torch.zeros(shape, **kind).contiguous(memory_format=torch.channels_last)
-    weight, large = torch.zeros(64, 64, 3, 3), last(1, 64, 42, 42)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert layers._takes_products(large, weight)
-    others = (last(1, 64, 21, 21), weight), (large.contiguous(), weight), (large.double(), weight), (large, weight[..., :1, :1])
-    assert not any(layers._takes_products(x, w) for x, w in others)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert not layers._takes_products(large, weight)
+def test_gradients_that_the_pass_does_not_use_are_not_computed(monkeypatch):
+    """An inner gradient is that of the weights alone, though the outer one will ask for the activations' too."""
+    x, weight, bias = tensors("conv")
+    activations, asked, compute = 2 * x, [], layers._ConvBackward.apply
+    monkeypatch.setattr(layers._ConvBackward, "apply", lambda *args: asked.append(args[-1]) or compute(*args))
+    y = conv2d(activations, 2 * weight, bias).square().sum()
+    inner, = torch.autograd.grad(y, weight, create_graph=True)
+    assert asked.pop() == [False, True, True] and not asked
+    ours = torch.autograd.grad(inner.square().sum(), [x, weight], retain_graph=True)
+    inner, = torch.autograd.grad(plain_conv2d(activations, 2 * weight, bias).square().sum(), weight, create_graph=True)
+    for a, b in zip(ours, torch.autograd.grad(inner.square().sum(), [x, weight], retain_graph=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    asked.clear()
+    torch.autograd.grad(y, activations)
+    assert asked == [[True, True, True]]

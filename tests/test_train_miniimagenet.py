@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import modgrad
 import runs
 import train_miniimagenet as mini
-from kernels import layers
+from kernels import winograd
 
 TINY = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--episodes", "24", "--val-every", "12",
         "--val-episodes", "6", "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
@@ -107,7 +107,8 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
 
     images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
     monkeypatch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)     # no tensor is too small for the closed forms
-    monkeypatch.setattr(layers, "_takes_products", lambda x, weight: True)                                  # and no plane
+    for name in ("pays", "pays_for_weights"):
+        monkeypatch.setattr(winograd, name, lambda x, weight: True)                                          # and no plane
     flags = {"closed forms": ["--kernel", "closed"], "task by task": ["--task-chunk", "1"], "compiled": []}[path]
     fast = trajectory(path, *flags)
     plain_conv = lambda x, weight, bias=None, groups=1: F.conv2d(x, weight, bias, padding=1, groups=groups)

@@ -1,0 +1,102 @@
+"""Convolution after Winograd: against PyTorch's own, in both precisions and orders, and where it is taken."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from kernels import conv2d, winograd
+
+SIZES = [(9, 7), (8, 12), (3, 4), (1, 13), (5, 1)]                     # whole tiles of 4 x 4, and parts of one
+
+
+def last(*shape, generator=torch.Generator().manual_seed(0), **kind):
+    return torch.randn(shape, generator=generator, **kind).contiguous(memory_format=torch.channels_last)
+
+
+def test_six_products_give_four_outputs_of_three_taps():
+    x, w = torch.randn(6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    y = winograd.OUTPUT.T @ ((winograd.FILTER @ w) * (winograd.INPUT @ x))
+    torch.testing.assert_close(y, x.unfold(0, 3, 1) @ w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [(4, 6), (6, 4)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_convolution_and_gradients_of_any_size(size, channels):
+    n_in, n_out = channels
+    shapes = (3, n_in, *size), (n_out, n_in, 3, 3), (3, n_out, *size)
+    x, weight, G = (last(*shape, dtype=torch.float64) for shape in shapes)
+    for ours, own in ((winograd.convolve(x, weight), F.conv2d(x, weight, padding=1)),
+                      (winograd.input_gradient(G, weight), conv2d_input(x.shape, weight, G, padding=1)),
+                      (winograd.weight_gradient(G, x), conv2d_weight(x, weight.shape, G, padding=1))):
+        torch.testing.assert_close(ours, own, rtol=1e-12, atol=1e-12)
+    for planes in (winograd.convolve(x, weight), winograd.input_gradient(G, weight)):
+        assert planes.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_float32_stays_float32():
+    """Three times as far from float64 as PyTorch's own, which is one rounding of a number; weight gradients not farther."""
+    x, weight, G = last(8, 64, 42, 42).relu(), last(64, 64, 3, 3), last(8, 64, 42, 42)
+    exact = F.conv2d(x.double(), weight.double(), padding=1), conv2d_weight(x.double(), weight.shape, G.double(), padding=1)
+    error = lambda found: [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
+    ours = error((winograd.convolve(x, weight), winograd.weight_gradient(G, x)))
+    theirs = error((F.conv2d(x, weight, padding=1), conv2d_weight(x, weight.shape, G, padding=1)))
+    assert ours[0] < 2e-6                                             # 9e-7 and 3e-7 seen
+    assert ours[1] < max(2e-6, 2 * theirs[1])                         # 1.3e-6 and 1.5e-6 seen, on AVX2
+
+
+def three_orders(x, weight, bias):
+    """The output, its gradient, and the gradients of a function of that gradient and of one of theirs."""
+    inputs, y = [x, weight, bias], conv2d(x, weight, bias)
+    of_y = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).pow(3).mean()
+    found = [y, *torch.autograd.grad(of_y, inputs, create_graph=True)]
+    for order in (2, 3):
+        found += torch.autograd.grad(sum(g.pow(3).mean() for g in found[-3:]), inputs, create_graph=True)
+    return found
+
+
+def test_a_layer_is_the_same_in_all_orders_with_and_without(monkeypatch):
+    inputs = [last(2, 4, 9, 7), last(6, 4, 3, 3), torch.randn(6)]
+    run = lambda: three_orders(*(t.detach().requires_grad_() for t in inputs))
+    for name in ("pays", "pays_for_weights"):
+        monkeypatch.setattr(winograd, name, lambda x, weight: False)
+    own, taken = run(), []
+    for name in ("pays", "pays_for_weights"):
+        monkeypatch.setattr(winograd, name, lambda x, weight, name=name: taken.append(name) or True)
+    for a, b in zip(run(), own, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())                # sums of float32 products
+    assert taken.count("pays") > 3 and taken.count("pays_for_weights") > 1
+
+
+@pytest.fixture
+def avx2(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return monkeypatch
+
+
+def test_it_is_for_large_channels_last_float32_planes_and_one_thread_on_avx2(avx2):
+    plane = lambda channels, side: torch.zeros(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight = lambda channels, k=3: torch.zeros(channels, channels, k, k)
+    both = lambda x, w: (winograd.pays(x, w), winograd.pays_for_weights(x, w))
+    large = plane(64, 42)
+    assert both(large, weight(64)) == (True, True)
+    assert both(plane(64, 21), weight(64)) == both(plane(32, 42), weight(32)) == (False, True)
+    assert both(plane(64, 10), weight(64)) == (False, False)
+    for x, w in ((large.contiguous(), weight(64)), (large.double(), weight(64).double()), (large, weight(64, 5)),
+                 (large.bfloat16(), weight(64).bfloat16())):
+        assert both(x, w) == (False, False)
+    avx2.setattr(torch, "get_num_threads", lambda: 2)
+    assert both(large, weight(64)) == (False, True) and both(plane(64, 21), weight(64)) == (False, False)
+    avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert both(large, weight(64)) == (False, False)
+
+
+def test_vmap_and_groups_go_without(avx2):
+    x, weight = torch.randn(2, 1, 42, 42, 64).permute(0, 1, 4, 2, 3), torch.randn(2, 64, 64, 3, 3)
+    assert winograd.pays(x[0], weight[0])
+    together = torch.vmap(conv2d)(x, weight)
+    for k in range(2):
+        torch.testing.assert_close(together[k], F.conv2d(x[k], weight[k], padding=1), rtol=1e-4, atol=1e-3)
+    grouped = conv2d(x[0], weight[0][:, :32], groups=2)
+    torch.testing.assert_close(grouped, F.conv2d(x[0], weight[0][:, :32], padding=1, groups=2), rtol=1e-4, atol=1e-3)
