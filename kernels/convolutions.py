@@ -7,11 +7,14 @@ After the first inner step every task has its own filters, T of them, each for i
     loop            one convolution after the other                   loop-last       the same, channels-last
     grouped         one convolution of T groups on (N, T C, H, W)     grouped-last    the same, channels-last
     unfold          patches as columns, then one batched matrix product
-Each form keeps the activations in its own layout, as between the blocks of a network; no copy into it is counted. All but
-`unfold` use the closed derivatives of kernels/layers.py. What modgrad.py takes: loop-last on CPUs, grouped on GPUs.
+    pytorch-last    loop-last by PyTorch's own convolution and derivatives
+Each form keeps the activations in its own layout, as between the blocks of a network; no copy into it is counted. The first four
+use kernels/layers.py, with its closed derivatives and, on some CPUs, Winograd's algorithm. What modgrad.py takes: loop-last on
+CPUs, grouped on GPUs.
 
 Every result is compared with `loop` in float64 before anything is timed. GFLOP/s count the 2 T N C C' k k H W operations of a
-forward pass once, of the first derivatives (both inputs) twice, of the second (three inputs, two terms for one) four times.
+forward pass once, of the first derivatives (both inputs) twice, of the second (three inputs, two terms for one) four times, also
+where Winograd's algorithm needs fewer.
 """
 
 import argparse
@@ -54,13 +57,15 @@ def forms(tasks: int) -> dict[str, Form]:
         return [y.unflatten(-1, x.shape[-2:])]
 
     loop = lambda xs, w: [conv2d(x, v) for x, v in zip(xs, w.unbind())]
+    pytorch = lambda xs, w: [F.conv2d(x, v, padding=v.shape[-1] // 2) for x, v in zip(xs, w.unbind())]
     grouped = lambda xs, w: [conv2d(xs[0], w.flatten(0, 1), groups=tasks)]
     apart = lambda ys: ys[0].unflatten(1, (tasks, -1)).transpose(0, 1)
     return {"loop": Form(lambda x: [t.contiguous() for t in x], torch.stack, loop),
             "loop-last": Form(lambda x: [_last(t) for t in x], torch.stack, loop),
             "grouped": Form(lambda x: [_side_by_side(x)], apart, grouped),
             "grouped-last": Form(lambda x: [_last(_side_by_side(x))], apart, grouped),
-            "unfold": Form(lambda x: [x.contiguous()], lambda ys: ys[0], unfold)}
+            "unfold": Form(lambda x: [x.contiguous()], lambda ys: ys[0], unfold),
+            "pytorch-last": Form(lambda x: [_last(t) for t in x], torch.stack, pytorch)}
 
 
 def passes(form: Form, x, w, G, U, V) -> dict[str, Callable]:

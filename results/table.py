@@ -1,7 +1,7 @@
-"""Write the tables of README.md from the result files: python results/table.py [--check]
+"""Write the tables of README.md and results/README.md from the result files: python results/table.py [--check]
 
-Every `result.json` below results/ is one run. A block between `<!-- table NAME -->` and `<!-- end -->` in README.md is
-replaced by the table of that name. `--check` changes nothing and fails if README.md is out of date.
+Every `result.json` below results/ is one run. A block between `<!-- table NAME -->` and `<!-- end -->` is replaced by the table of
+that name. `--check` changes nothing and fails if one of the two files is out of date.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+DOCUMENTS = HERE.parent / "README.md", HERE / "README.md"
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
     ("modgrad", "conv4", 1): "53.20 ± 0.86", ("modgrad", "conv4", 5): "69.17 ± 0.69",
     ("maml", "conv4", 1): "47.89 ± 1.20", ("maml", "conv4", 5): "64.59 ± 0.88",
@@ -19,6 +19,48 @@ PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % inte
 
 def runs(folder):
     return [(path.parent, json.loads(path.read_text())) for path in sorted((HERE / folder).rglob("result.json"))]
+
+
+def glance():
+    """One row an experiment: the paper's number for ModGrad beside that of our best run, or of all its seeds."""
+    rows = ["| experiment | paper | ours | our training |", "| --- | --- | --- | --- |"]
+    link = lambda folder, text: f"[{text}](results/{folder.relative_to(HERE)})"
+    hours = lambda seconds: f"{seconds / 3600:.1f} h"
+    ours = lambda folder: [(f, r, r["config"]) for f, r in runs(folder) if r["config"]["method"] == "modgrad"]
+
+    folder, r, c = max((run for run in ours("miniimagenet") if run[2]["image_size"] == 84 and run[1]["split"] == "test"),
+                       key=lambda run: run[1]["episodes"])
+    rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', c['shots']]} | "
+                f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {hours(r['train_seconds'])} |")
+    for k, (order, pixels) in enumerate(CELLS):
+        folder, r, c = min((run for run in ours("celeba") if (run[2]["order"], run[2]["pixels"]) == (order, pixels)),
+                           key=lambda run: run[1]["value"])
+        rows.append(f"| CelebA, {order} {pixels} pixels: mean squared error | {CELEBA['modgrad'][k]:.3f} | "
+                    f"{link(folder, interval(r, 4))} | {r['iterations']:,} of 50,000 iterations, "
+                    f"{c['inner_steps']} inner steps, {hours(r['train_seconds'])} |")
+    forms = {}
+    for run in ours("omniglot"):
+        if run[2]["protocol"] == "multi-shot" and not run[0].name.startswith("candidate"):
+            forms.setdefault((run[1]["meta_steps"], run[2]["psi_lr"]), []).append(run)
+    best = max(forms.values(), key=lambda group: sum(r["value"] for _, r, _ in group) / len(group))
+    rows.append(f"| Omniglot, multi-shot (Fig. 5): accuracy, % | {OMNIGLOT['modgrad']} | "
+                f"{', '.join(link(f, percent(r)) for f, r, _ in best)} | {best[0][1]['meta_steps']} meta-steps of "
+                f"{best[0][2]['meta_batch']} tasks, {hours(sum(r['train_seconds'] for _, r, _ in best) / len(best))} |")
+    for env, what in (("nav", "navigation"), ("cheetah-dir", "half-cheetah, direction"), ("cheetah-vel", "half-cheetah, velocity")):
+        seeds = [run for run in ours("rl") if run[2]["env"] == env and run[2]["adapt"] == ["context"]]
+        numbers = ", ".join(link(f, interval(r, 1)) for f, r, _ in seeds)
+        rows.append(f"| {what}: return after one update | {RL[env, 'modgrad']} | {numbers} | "
+                    f"{', '.join(str(r['iterations']) for _, r, _ in seeds)} of 500 iterations, "
+                    f"{hours(sum(r['train_seconds'] for _, r, _ in seeds) / len(seeds))} |")
+    return "\n".join(rows)
+
+
+def interval(r, digits, unit=1):
+    return f"{r['value'] / unit:.{digits}f} ± {r['ci95'] / unit:.{digits}f}"
+
+
+def percent(r):
+    return interval(r, 2, 0.01)
 
 
 def miniimagenet():
@@ -35,6 +77,32 @@ def miniimagenet():
         rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {c['shots']} | {c['image_size']} | {r['episodes']:,} | "
                     f"{r['tasks']} {r['split']} tasks | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
                     f"{PAPER.get((c['method'], c['backbone'], c['shots']), '-')} | {device(r)} |")
+    return "\n".join(rows)
+
+
+ABLATIONS = {  # flag -> (what it is, its default, paper's 5-shot and 1-shot accuracy of ModGrad by value, %)
+    "rank": ("u, columns (Table 5)", 5, {5: {1: 68.43, 5: 69.17, 10: 67.62}, 1: {1: 53.13, 5: 53.20, 10: 52.53}}),
+    "inner_steps": ("K, inner steps (Table 4)", 1, {5: dict(enumerate((69.17, 68.80, 68.42, 68.34, 68.24), 1)),
+                                                    1: dict(enumerate((53.20, 52.66, 53.54, 52.87, 52.76), 1))}),
+    "gradient_noise": ("noise in the inner gradient, its standard deviation (Fig. 9)", 0.0, {}),
+}
+
+
+def ablations():
+    """One row a value of one flag, all others at their defaults; the paper's column has 84 pixels and 50,000 episodes."""
+    rows = ["| what varies | value | method | shots | ours, % | paper, % | training, h |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    found = [(folder, r, r["config"]) for folder, r in runs("ablations")]
+    for flag, (title, _, paper) in ABLATIONS.items():
+        rest = [(other, default) for other, (_, default, _) in ABLATIONS.items() if other != flag]
+        group = [run for run in found if all(run[2][other] == default for other, default in rest)]
+        for folder, r, c in sorted(group, key=lambda run: (-run[2]["shots"], run[2]["method"] != "modgrad", run[2][flag])):
+            alike = [c2 for _, _, c2 in group if (c2["method"], c2["shots"]) == (c["method"], c["shots"])]
+            if len(alike) < 2:
+                continue
+            number = paper.get(c["shots"], {}).get(c[flag]) if c["method"] == "modgrad" else None
+            rows.append(f"| {title} | {c[flag]:g} | [{c['method']}](results/{folder.relative_to(HERE)}) | {c['shots']} | "
+                        f"{100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | {f'{number:.2f}' if number else '-'} | "
+                        f"{r['train_seconds'] / 3600:.1f} |")
     return "\n".join(rows)
 
 
@@ -130,6 +198,22 @@ CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`",
               "naive": "naive, tuned allocator",
               "naive_bf16": "naive, bf16 autocast", "naive_stock": "naive, stock allocator", "higher": "higher 0.2.1",
               "torchopt": "TorchOpt 0.7.3"}
+
+
+def ratios():
+    """One row a machine and method: our time over each other implementation's, medians over turns."""
+    others = [name for name in CONTENDERS if "ours" not in name and "bf16" not in name]
+    rows = [f"| our time per episode, as a share of that of | {' | '.join(CONTENDERS[name] for name in others)} |",
+            f"| --- | {' | '.join('---' for _ in others)} |"]
+    shown = set()
+    for s in speeds():
+        for case in s["cases"]:
+            what = f"{case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)}: {machine(s)}"
+            cells = [f"{c['ours_over_this_seconds']['median']:.2f}" if (c := case["contenders"].get(name)) else "-" for name in others]
+            if what not in shown and set(cells) != {"-"}:
+                shown.add(what)
+                rows.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def speed():
@@ -247,18 +331,24 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (miniimagenet, celeba, omniglot, rl, speed, work, scaling, kernels,
-                                                  convolutions, blocks, resources)}
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, celeba, omniglot, rl, ratios, speed, work, scaling,
+                                                  kernels, convolutions, blocks, resources)}
     block = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.S)
     return block.sub(lambda m: f"{m[1]}{tables[m[2]]()}\n{m[3]}", text)
 
 
 def main():
-    before = README.read_text(encoding="utf-8")
-    after = fill(before)
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md is out of date: run python results/table.py" if after != before else 0)
-    README.write_text(after, encoding="utf-8")
+    stale = []
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = fill(before)
+        if path.parent == HERE:
+            after = after.replace("](results/", "](")                                   # links are relative to the file
+        stale += [path.name if path.parent != HERE else "results/README.md"] * (after != before)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after, encoding="utf-8")
+    if "--check" in sys.argv[1:] and stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run python results/table.py")
 
 
 if __name__ == "__main__":
