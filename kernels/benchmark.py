@@ -304,6 +304,7 @@ def describe(device: torch.device, module: str = "kernels.benchmark") -> dict:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "cpu_capability": None if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "auto_backend": resolve_backend("auto", device), "torch": torch.__version__,
         "triton": triton.__version__ if triton else None, "cuda": torch.version.cuda,

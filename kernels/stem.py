@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 MOST_CHANNELS = 4                # of the images; patches of more are no small matter
 POOL = [2, 2], [2, 2], [0, 0], [1, 1], False         # window, stride, padding, dilation, no rounding up
-CACHED = 2 ** 19                 # numbers of a convolution's output that are worked on at a time
+CACHED = 2 ** 19                 # numbers of a convolution's output that a thread works on at a time
 
 
 def takes_first_block(x) -> bool:
@@ -55,8 +55,8 @@ def patch_moments(images, k: int):
     Both are float64; products are summed in float32 (or float64, if the images are) over one part of the images only.
     """
     images = images if images.dtype == torch.float64 else images.float()
-    products = sum((patches @ patches.mT).double() for patches in
-                   (_patches(part, k) for part in images.split(max(1, CACHED // (2 * images[0].numel() * k * k)))))
+    parts = (_patches(part, k) for part in images.split(_parts(2 * images[0].numel() * k * k)))
+    products = sum((patches @ patches.mT).double() for patches in parts)
     products = products / products[-1, -1]                                               # by the number of pixels
     mean = products[-1, :-1]
     return mean, products[:-1, :-1] - torch.outer(mean, mean)
@@ -86,9 +86,9 @@ def _planes(x, channels: int, shrink: int, dtype=None):
     return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _parts(x, channels: int) -> int:
-    """How many images to convolve at a time."""
-    return max(1, CACHED // (channels * x.shape[2] * x.shape[3]))
+def _parts(numbers: int) -> int:
+    """How many images to work on at a time, where one needs so many numbers."""
+    return max(1, CACHED // numbers) * torch.get_num_threads()
 
 
 class _ConvPoolRelu(Function):
@@ -96,7 +96,7 @@ class _ConvPoolRelu(Function):
 
     @staticmethod
     def forward(x, weight, bias):
-        step = _parts(x, weight.shape[0])
+        step = _parts(weight.shape[0] * x[0, 0].numel())
         y, winners = _planes(x, weight.shape[0], 2), _planes(x, weight.shape[0], 2, torch.int64)
         for part, out, places in zip(x.split(step), y.split(step), winners.split(step)):
             planes = F.conv2d(_last(part), weight, bias, padding=weight.shape[-1] // 2)
@@ -126,7 +126,7 @@ class _ConvPoolReluBackward(Function):
     @staticmethod
     def forward(D, x, y, winners, shape):
         D = torch.ops.aten.threshold_backward(_last(D), y, 0)
-        step, sums = _parts(x, shape[0]), 0
+        step, sums = _parts(shape[0] * x[0, 0].numel()), 0
         for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
             G = torch.ops.aten.max_pool2d_with_indices_backward(D_part, _planes(x, shape[0], 1), *POOL, winners)
             sums = sums + _patch_products(G, x, shape)
@@ -144,7 +144,7 @@ class _ConvPoolReluBackward(Function):
         if V is None and p is None:
             return None, None, None, None, None
         V = x.new_zeros((y.shape[1], x.shape[1], 1, 1)) if V is None else V
-        step, parts = _parts(x, y.shape[1]), []
+        step, parts = _parts(y.shape[1] * x[0, 0].numel()), []
         for x, winners in zip(x.split(step), winners.split(step)):
             planes = F.conv2d(_last(x), V, p, padding=V.shape[-1] // 2).permute(0, 2, 3, 1)              # (n, H, W, C')
             places = winners.permute(0, 2, 3, 1)                                                         # (n, H/2, W/2, C')

@@ -90,7 +90,7 @@ ABLATIONS = {  # flag -> (what it is, its default, paper's 5-shot and 1-shot acc
 
 def ablations():
     """One row a value of one flag, all others at their defaults; the paper's column has 84 pixels and 50,000 episodes."""
-    rows = ["| what varies | value | method | shots | ours, % | paper, % | training, h |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    rows = ["| what varies | value | method | shots | ours, % | paper, % |", "| --- | --- | --- | --- | --- | --- |"]
     found = [(folder, r, r["config"]) for folder, r in runs("ablations")]
     for flag, (title, _, paper) in ABLATIONS.items():
         rest = [(other, default) for other, (_, default, _) in ABLATIONS.items() if other != flag]
@@ -101,8 +101,7 @@ def ablations():
                 continue
             number = paper.get(c["shots"], {}).get(c[flag]) if c["method"] == "modgrad" else None
             rows.append(f"| {title} | {c[flag]:g} | [{c['method']}](results/{folder.relative_to(HERE)}) | {c['shots']} | "
-                        f"{100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | {f'{number:.2f}' if number else '-'} | "
-                        f"{r['train_seconds'] / 3600:.1f} |")
+                        f"{100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | {f'{number:.2f}' if number else '-'} |")
     return "\n".join(rows)
 
 
@@ -189,8 +188,9 @@ def speeds():
 
 
 def machine(s):
-    kind = f" ({s['cpu_capability']})" if s["device"] == "cpu" and "cpu_capability" in s else ""
-    return f"{s['device_name']}{kind}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
+    """Of a benchmark's file: device, its vector instructions where they were noted, threads."""
+    kind = f" ({s['cpu_capability']})" if s.get("cpu_capability") and s["device"] != "cuda" else ""
+    return f"{s.get('device_name', s['device'])}{kind}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
 
 
 CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`",
@@ -282,7 +282,7 @@ def kernels():
         for size, tasks, form in dict.fromkeys(key[:3] for key in found if key[2] not in ("eager", "addcmul")):
             cells = [found[size, tasks, form, p] for p in passes]
             text = " | ".join(f"{r['median_ms']:.2f}, {r['times_faster_than_eager']:.2f}" for r in cells)
-            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | {size} | {tasks} | {form} | {text} |")
+            rows.append(f"| {machine(file)} | {size} | {tasks} | {form} | {text} |")
     return "\n".join(rows)
 
 
@@ -310,7 +310,7 @@ def by_layer(name, size_title, size, unit, cell):
         found = {(r["layer"], r["form"], r["pass"]): r for r in file["rows"]}
         for layer, form in dict.fromkeys(key[:2] for key in found):
             cells = " | ".join(cell(found[layer, form, p]) for p in PASSES)
-            rows.append(f"| {file['device']}, {file['threads']} thread{'s' * (file['threads'] > 1)} | {size(file)} | {layer} | "
+            rows.append(f"| {machine(file)} | {size(file)} | {layer} | "
                         f"{form} | {cells} |")
     return "\n".join(rows)
 
