@@ -43,12 +43,17 @@ def batch_norm(x, gamma, beta, eps: float = 1e-5):
     return _BatchNorm.apply(x, gamma, beta, eps)[0]
 
 
-def _layout(like):
-    """The memory format that the gradient of `like` should have, so that no kernel mixes two."""
-    if torch._C._functorch.is_batchedtensor(like):                                 # vmap knows one layout
-        return torch.contiguous_format
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _channels_last(x) -> bool:
+    if torch._C._functorch.is_batchedtensor(x):                                    # vmap knows one layout
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _laid_out_as(x, G):
+    """G in the memory format of x, so that no kernel mixes two."""
+    if torch._C._functorch.is_batchedtensor(G):
+        return G
+    return G.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
 
 
 def _used_now(ctx, k: int) -> bool:
@@ -92,11 +97,11 @@ class _ConvBackward(Function):
 
     @staticmethod
     def forward(G, x, weight, groups, wanted):
-        G = G.contiguous(memory_format=_layout(x))
+        G = _laid_out_as(x, G)
         dx = dweight = None
         if wanted[0] and groups == 1 and winograd.pays(G, weight):
             dx = winograd.input_gradient(G, weight)
-        if wanted[1] and groups == 1 and winograd.pays_for_weights(x, weight):
+        if wanted[1] and groups == 1 and winograd.pays_for_weights(G, x, weight):
             dweight = winograd.weight_gradient(G, x)
         rest = [wanted[0] and dx is None, wanted[1] and dweight is None, wanted[2]]
         if not any(rest):
@@ -139,7 +144,7 @@ class _BatchNorm(Function):
 
     @staticmethod
     def forward(x, gamma, beta, eps):
-        if x.device.type != "cpu" or x.dtype != torch.float32 or _layout(x) is not torch.channels_last:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not _channels_last(x):
             return torch.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
         mean, var = _channels_last_statistics(x)
         y = torch.native_batch_norm(x, gamma, beta, mean, var, False, 0.0, eps)[0]
@@ -183,14 +188,14 @@ class _BatchNormBackward(Function):
             (dx, dgamma, dbeta), pull_back = torch.func.vjp(lambda *args: _norm_formula(*args, ctx.eps), G, x, gamma)
             cotangents = (torch.zeros_like(d) if c is None else c for c, d in zip((U, p, q), (dx, dgamma, dbeta)))
             return *pull_back(tuple(cotangents)), None, None, None
-        G = G.contiguous(memory_format=_layout(x))
+        G = _laid_out_as(x, G)
         n = x.numel() // x.shape[1]
         per_channel = lambda v: v[:, None, None]      # float32 beside 16-bit activations, which promotes the sums
         zero = torch.zeros_like(sum_G)
         coefficient_G, slope, shift = (zero if p is None else r * p), zero, zero     # to x = .. G + slope x + shift + ..
         to_G = to_gamma = coefficient_U = None
         if U is not None:
-            U = U.contiguous(memory_format=_layout(x))
+            U = _laid_out_as(x, U)
             to_G, sum_Ux, sum_U = _norm_gradients(U, x, gamma, mean, r, ctx.eps)
             K = (U * G).sum((0, 2, 3), dtype=gamma.dtype) - (sum_U * sum_G + sum_Ux * sum_Gx) / n
             to_gamma = r * K
@@ -226,7 +231,7 @@ def _channels_last_statistics(x):
 
 
 def _norm_gradients(G, x, gamma, mean, r, eps):
-    return torch.ops.aten.native_batch_norm_backward(G.contiguous(memory_format=_layout(x)), x, gamma, None, None, mean, r,
+    return torch.ops.aten.native_batch_norm_backward(_laid_out_as(x, G), x, gamma, None, None, mean, r,
                                                      True, eps, [True, True, True])
 
 

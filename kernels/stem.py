@@ -129,7 +129,9 @@ class _ConvPoolReluBackward(Function):
         step, sums = _parts(shape[0] * x[0, 0].numel()), 0
         for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
             G = torch.ops.aten.max_pool2d_with_indices_backward(D_part, _planes(x, shape[0], 1), *POOL, winners)
-            sums = sums + _patch_products(G, x, shape)
+            products = _patch_products(G, x, shape)
+            sums = sums + (products if products.dtype == torch.float64 else products.float())
+        sums = sums.to(D.dtype)
         return sums[:-1].mT.reshape(shape), sums[-1]
 
     @staticmethod

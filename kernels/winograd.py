@@ -7,9 +7,8 @@ with their 6 x 6 inputs; in both directions that is 36 products instead of 144, 
     y = OUTPUT^T [FILTER w FILTER^T * INPUT x INPUT^T] OUTPUT         dL/dx: the same, of dL/dy and the filter turned round
     dL/dw = FILTER^T [sum over tiles of OUTPUT dL/dy OUTPUT^T * INPUT x INPUT^T] FILTER
 
-On CPUs with AVX2 PyTorch's own convolutions run at the rate of a matrix product, its weight gradients at half of it. For large
-planes even transforms written in PyTorch are faster, if the images go one by one through the same few buffers, which then stay
-in cache. All tensors are channels-last, float32 (or float64, for tests).
+On CPUs with AVX2, where PyTorch's weight gradients are twice as slow as its convolutions, even transforms written in PyTorch are
+faster for large planes, if the images go one by one through the same few buffers, which then stay in cache. All tensors are channels-last, float32 (or float64, for tests).
 """
 
 import math
@@ -24,20 +23,29 @@ OUTPUT = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [1, 1/2, 1/4,
 
 
 def pays(x, weight) -> bool:
-    """Whether `convolve` is faster than PyTorch's here, for x (N, C, H, W) and weight (C', C, k, k)."""
-    return _applies(x, weight) and min(weight.shape[:2]) >= 64 and x[0].numel() >= 2 ** 15 and torch.get_num_threads() == 1
+    """Whether `convolve` is faster than PyTorch's own here, for x (N, C, H, W) and weight (C', C, k, k): by measurement."""
+    return (_applies(x, weight) and min(weight.shape[:2]) >= 64 and 2 ** 12 <= _numbers(x, weight) <= 2 ** 14
+            and torch.get_num_threads() == 1)
 
 
-def pays_for_weights(x, weight) -> bool:
-    """Whether `weight_gradient` is, which needs less: PyTorch's is at half the rate of its convolutions."""
-    return _applies(x, weight) and x[0].numel() >= (2 ** 14 if torch.get_num_threads() == 1 else 2 ** 16)
+def pays_for_weights(G, x, weight) -> bool:
+    """Whether `weight_gradient` is. PyTorch's is at half the rate of its convolutions, so that less is needed."""
+    least = {1: 2 ** 11, 2: 2 ** 12}.get(torch.get_num_threads())
+    return least is not None and _applies(G, x, weight) and min(weight.shape[:2]) >= 32 and _numbers(x, weight) >= least
 
 
-def _applies(x, weight) -> bool:
-    if x.device.type != "cpu" or torch._C._functorch.is_batchedtensor(x):          # vmap does not take buffers
+def _applies(*tensors) -> bool:
+    x, weight = tensors[-2:]
+    if x.device.type != "cpu" or any(torch._C._functorch.is_batchedtensor(t) for t in tensors):   # vmap takes no buffers
         return False
-    return (x.dtype == weight.dtype == torch.float32 and weight.shape[-1] == 3 and not x.is_contiguous()
+    return (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and max(weight.shape[:2]) <= 128
+            and len(x) >= 8 and min(x.shape[2:]) > 20 and not x.is_contiguous()
             and x.is_contiguous(memory_format=torch.channels_last) and torch.backends.cpu.get_cpu_capability() == "AVX2")
+
+
+def _numbers(x, weight) -> int:
+    """Numbers of a plane's tiles times channels, 36 of which are held in each buffer: few do not pay, many leave the cache."""
+    return -(-x.shape[2] // 4) * -(-x.shape[3] // 4) * max(weight.shape[:2])
 
 
 def convolve(x, weight):

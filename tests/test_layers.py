@@ -141,13 +141,18 @@ def test_vmap_over_tasks(op):
         torch.testing.assert_close(together[k], OPS[op][1](*(t[k] for t in inputs)), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("shared", [(), (0,), (1, 2)], ids=["nothing shared", "x shared", "parameters shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
-def test_vmap_over_gradients(op):
-    inputs = [torch.stack([t.detach(), 2 * t.detach()]) for t in tensors(op)]
+def test_vmap_over_gradients(op, layout, shared):
+    inputs = [t.detach() for t in tensors(op, layout)]
+    in_dims = tuple(None if k in shared else 0 for k in range(3))
+    stacked = [t if k in shared else torch.stack([t, 2 * t]) for k, t in enumerate(inputs)]
     gradient = lambda function: torch.func.grad(lambda *args: function(*args).pow(3).sum(), argnums=(0, 1, 2))
-    together = torch.vmap(gradient(OPS[op][0]))(*inputs)
+    together = torch.vmap(gradient(OPS[op][0]), in_dims)(*stacked)
     for k in range(2):
-        for ours, own in zip(together, gradient(OPS[op][1])(*(t[k] for t in inputs)), strict=True):
+        arguments = [t if n in shared else t[k] for n, t in enumerate(stacked)]
+        for ours, own in zip(together, gradient(OPS[op][1])(*arguments), strict=True):
             torch.testing.assert_close(ours[k], own, rtol=1e-8, atol=1e-8)
 
 

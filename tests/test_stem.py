@@ -65,6 +65,14 @@ def test_sixteen_bits_cost_no_more_than_layer_by_layer():
     assert sum(error(first_block)) < 1.5 * sum(error(layer_by_layer))       # both round at random; 0.87 seen
 
 
+def test_sums_over_many_parts_are_not_rounded_to_sixteen_bits(monkeypatch):
+    x, parameters = tensors((4, 4), dtype=torch.float32, images=800)
+    gradient = lambda x: torch.autograd.grad(first_block(x, *parameters).sum(), parameters[2])[0]              # of beta
+    exact = gradient(x)
+    monkeypatch.setattr(stem, "CACHED", 1)                                               # a part is one image a thread
+    assert (gradient(x.bfloat16()) - exact).norm() < 0.01 * exact.norm()
+
+
 def test_moments_are_those_of_all_patches():
     x, _ = tensors()
     patches = F.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)                                # (N H W, C k k)

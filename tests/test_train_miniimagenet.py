@@ -108,7 +108,7 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
     images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
     monkeypatch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)     # no tensor is too small for the closed forms
     for name in ("pays", "pays_for_weights"):
-        monkeypatch.setattr(winograd, name, lambda x, weight: True)                                          # and no plane
+        monkeypatch.setattr(winograd, name, lambda *tensors: True)                                          # and no plane
     flags = {"closed forms": ["--kernel", "closed"], "task by task": ["--task-chunk", "1"], "compiled": []}[path]
     fast = trajectory(path, *flags)
     plain_conv = lambda x, weight, bias=None, groups=1: F.conv2d(x, weight, bias, padding=1, groups=groups)

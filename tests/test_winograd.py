@@ -35,14 +35,13 @@ def test_convolution_and_gradients_of_any_size(size, channels):
 
 
 def test_float32_stays_float32():
-    """Three times as far from float64 as PyTorch's own, which is one rounding of a number; weight gradients not farther."""
     x, weight, G = last(8, 64, 42, 42).relu(), last(64, 64, 3, 3), last(8, 64, 42, 42)
     exact = F.conv2d(x.double(), weight.double(), padding=1), conv2d_weight(x.double(), weight.shape, G.double(), padding=1)
     error = lambda found: [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
     ours = error((winograd.convolve(x, weight), winograd.weight_gradient(G, x)))
     theirs = error((F.conv2d(x, weight, padding=1), conv2d_weight(x, weight.shape, G, padding=1)))
-    assert ours[0] < 2e-6                                             # 9e-7 and 3e-7 seen
-    assert ours[1] < max(2e-6, 2 * theirs[1])                         # 1.3e-6 and 1.5e-6 seen, on AVX2
+    assert ours[0] < 5 * theirs[0] and ours[0] < 2e-6        # 3.2 times and 9e-7 seen: PyTorch's is one rounding of the result
+    assert ours[1] < 2 * theirs[1] or ours[1] < 2e-6         # 0.8 to 1.2 times and 1.2e-6 seen on AVX2
 
 
 def three_orders(x, weight, bias):
@@ -59,10 +58,10 @@ def test_a_layer_is_the_same_in_all_orders_with_and_without(monkeypatch):
     inputs = [last(2, 4, 9, 7), last(6, 4, 3, 3), torch.randn(6)]
     run = lambda: three_orders(*(t.detach().requires_grad_() for t in inputs))
     for name in ("pays", "pays_for_weights"):
-        monkeypatch.setattr(winograd, name, lambda x, weight: False)
+        monkeypatch.setattr(winograd, name, lambda *tensors: False)
     own, taken = run(), []
     for name in ("pays", "pays_for_weights"):
-        monkeypatch.setattr(winograd, name, lambda x, weight, name=name: taken.append(name) or True)
+        monkeypatch.setattr(winograd, name, lambda *tensors, name=name: taken.append(name) or True)
     for a, b in zip(run(), own, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())                # sums of float32 products
     assert taken.count("pays") > 3 and taken.count("pays_for_weights") > 1
@@ -75,28 +74,40 @@ def avx2(monkeypatch):
     return monkeypatch
 
 
-def test_it_is_for_large_channels_last_float32_planes_and_one_thread_on_avx2(avx2):
-    plane = lambda channels, side: torch.zeros(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+def test_it_is_for_large_channels_last_float32_planes_on_avx2(avx2):
+    planes = lambda channels, side, images=8: torch.zeros(images, channels, side, side).contiguous(memory_format=torch.channels_last)
     weight = lambda channels, k=3: torch.zeros(channels, channels, k, k)
-    both = lambda x, w: (winograd.pays(x, w), winograd.pays_for_weights(x, w))
-    large = plane(64, 42)
-    assert both(large, weight(64)) == (True, True)
-    assert both(plane(64, 21), weight(64)) == both(plane(32, 42), weight(32)) == (False, True)
-    assert both(plane(64, 10), weight(64)) == (False, False)
+    both = lambda x, w: (winograd.pays(x, w), winograd.pays_for_weights(planes(len(w), x.shape[2], len(x)), x, w))
+    large = planes(64, 42)
+    assert both(large, weight(64)) == both(planes(128, 21), weight(128)) == (True, True)
+    assert both(planes(64, 21), weight(64)) == both(planes(32, 42), weight(32)) == both(planes(64, 84), weight(64)) == (False, True)
     for x, w in ((large.contiguous(), weight(64)), (large.double(), weight(64).double()), (large, weight(64, 5)),
-                 (large.bfloat16(), weight(64).bfloat16())):
+                 (large.bfloat16(), weight(64).bfloat16()), (planes(64, 42, images=4), weight(64)), (planes(64, 10), weight(64)), (planes(32, 24), weight(32)),
+                 (planes(128, 16), weight(128)), (planes(512, 8), weight(512)), (planes(256, 42), weight(256)),
+                 (planes(3, 84), torch.zeros(64, 3, 3, 3))):
         assert both(x, w) == (False, False)
     avx2.setattr(torch, "get_num_threads", lambda: 2)
-    assert both(large, weight(64)) == (False, True) and both(plane(64, 21), weight(64)) == (False, False)
+    assert both(large, weight(64)) == (False, True) and both(planes(64, 21), weight(64)) == (False, False)
     avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert both(large, weight(64)) == (False, False)
 
 
-def test_vmap_and_groups_go_without(avx2):
-    x, weight = torch.randn(2, 1, 42, 42, 64).permute(0, 1, 4, 2, 3), torch.randn(2, 64, 64, 3, 3)
+@pytest.mark.parametrize("in_dims", [(0, 0), (None, 0), (0, None)], ids=["both", "weights", "images"])
+def test_vmap_goes_without(avx2, in_dims):
+    x, weight = torch.randn(2, 8, 42, 42, 64).permute(0, 1, 4, 2, 3), torch.randn(2, 64, 64, 3, 3)
     assert winograd.pays(x[0], weight[0])
-    together = torch.vmap(conv2d)(x, weight)
+    pick = lambda k: [t[0 if dim is None else k] for t, dim in zip((x, weight), in_dims)]
+    gradients = lambda x, weight: torch.func.grad(lambda x, weight: conv2d(x, weight).square().mean(), argnums=(0, 1))(x, weight)
+    arguments = [t[0] if dim is None else t for t, dim in zip((x, weight), in_dims)]
+    together = torch.vmap(conv2d, in_dims)(*arguments), *torch.vmap(gradients, in_dims)(*arguments)
     for k in range(2):
-        torch.testing.assert_close(together[k], F.conv2d(x[k], weight[k], padding=1), rtol=1e-4, atol=1e-3)
-    grouped = conv2d(x[0], weight[0][:, :32], groups=2)
-    torch.testing.assert_close(grouped, F.conv2d(x[0], weight[0][:, :32], padding=1, groups=2), rtol=1e-4, atol=1e-3)
+        for a, b in zip(together, (F.conv2d(*pick(k), padding=1), *gradients(*pick(k)))):
+            torch.testing.assert_close(a[k], b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+def test_groups_go_without(avx2):
+    x, weight = last(8, 128, 42, 42).requires_grad_(), last(128, 64, 3, 3).requires_grad_()
+    assert winograd.pays(x, weight) and winograd.pays_for_weights(x, x, weight)
+    run = lambda y: (y, *torch.autograd.grad(y.square().mean(), [x, weight]))
+    for ours, own in zip(run(conv2d(x, weight, groups=2)), run(F.conv2d(x, weight, padding=1, groups=2)), strict=True):
+        torch.testing.assert_close(ours, own, rtol=0, atol=1e-5 * own.abs().max().item())
