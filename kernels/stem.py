@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 MOST_CHANNELS = 4                # of the images; patches of more are no small matter
 POOL = [2, 2], [2, 2], [0, 0], [1, 1], False         # window, stride, padding, dilation, no rounding up
-CACHED = 2 ** 19                 # numbers of a convolution's output that a thread works on at a time
+CACHED = 2 ** 19                 # numbers of a convolution's output that are worked on at a time
 
 
 def takes_first_block(x) -> bool:
@@ -88,7 +88,7 @@ def _planes(x, channels: int, shrink: int, dtype=None):
 
 def _parts(numbers: int) -> int:
     """How many images to work on at a time, where one needs so many numbers."""
-    return max(1, CACHED // numbers) * torch.get_num_threads()
+    return max(1, CACHED // numbers)
 
 
 class _ConvPoolRelu(Function):
