@@ -29,15 +29,16 @@ def pays(x, weight) -> bool:
 
 
 def pays_for_weights(G, x, weight) -> bool:
-    """Whether `weight_gradient` is. PyTorch's is at half the rate of its convolutions, so that less is needed."""
+    """Whether `weight_gradient` is, for G (N, C', H, W) too. PyTorch's is at half the rate of its convolutions, so that
+    less is needed."""
     least = {1: 2 ** 11, 2: 2 ** 12}.get(torch.get_num_threads())
-    return least is not None and _applies(G, x, weight) and min(weight.shape[:2]) >= 32 and _numbers(x, weight) >= least
+    return least is not None and _applies(x, weight, G) and min(weight.shape[:2]) >= 32 and _numbers(x, weight) >= least
 
 
-def _applies(*tensors) -> bool:
-    x, weight = tensors[-2:]
-    if x.device.type != "cpu" or any(torch._C._functorch.is_batchedtensor(t) for t in tensors):   # vmap takes no buffers
-        return False
+def _applies(x, weight, *others) -> bool:
+    """Whether x (N, C, H, W) and weight (C', C, k, k) are of the kind that was measured; `others` enter the same products."""
+    if x.device.type != "cpu" or any(torch._C._functorch.is_batchedtensor(t) for t in (x, weight, *others)):
+        return False                                                                           # vmap takes no buffers
     return (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and max(weight.shape[:2]) <= 128
             and len(x) >= 8 and min(x.shape[2:]) > 20 and not x.is_contiguous()
             and x.is_contiguous(memory_format=torch.channels_last) and torch.backends.cpu.get_cpu_capability() == "AVX2")
