@@ -28,6 +28,7 @@ all tasks or be given per task, and the inner loop, which knows neither and only
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -389,6 +390,56 @@ def conv4(ways: int, channels: int = 64, image_size: int = 84, in_channels: int 
     return _parameters(modules), Chain(stages)
 
 
+def resnet34(ways: int, channels: int = 64, image_size: int = 224, in_channels: int = 3) -> tuple[Tensors, Chain]:
+    """ResNet-34 (He et al. 2016): a 7x7 convolution, batch norm, ReLU and max-pool 3; 3 + 4 + 6 + 3 blocks of two 3x3
+    convolutions with `channels`, 2, 4 and 8 times as many filters, the plane halved with each change; mean over the plane;
+    linear layer.
+
+    Returns (theta, chain). Names are torchvision's (conv1.weight, bn1.weight, layer1.0.conv1.weight, ...,
+    layer2.0.downsample.0.weight), but for head.weight and head.bias; initialised as there (He et al. 2015, fan-out).
+    """
+    if image_size < 32:
+        raise ValueError(f"ResNet-34 halves the image five times: image_size must be at least 32, got {image_size}")
+    stem = {"conv1": _conv_layer(in_channels, channels, 7), "bn1": _norm_layer(channels)}
+    parts = [(_resnet_stem, "", stem, 2)]
+    width = channels
+    for k, count in enumerate((3, 4, 6, 3)):
+        for n in range(count):
+            out, stride = channels * 2 ** k, 2 if k and not n else 1
+            modules = {"conv1": _conv_layer(width, out), "bn1": _norm_layer(out),
+                       "conv2": _conv_layer(out, out), "bn2": _norm_layer(out)}
+            if stride > 1:
+                modules |= {"downsample.0": _conv_layer(width, out, 1), "downsample.1": _norm_layer(out)}
+            parts.append((_basic_block, f"layer{k + 1}.{n}.", modules, stride))
+            width = out
+    return _image_network(parts, nn.Linear(width, ways))
+
+
+def wide_resnet28(ways: int, channels: int = 160, image_size: int = 80, in_channels: int = 3) -> tuple[Tensors, Chain]:
+    """WRN-28 (Zagoruyko and Komodakis 2016), 28-10 at 160 channels: a 3x3 convolution with 16 filters; 3 x 4 blocks of twice
+    batch norm, ReLU and a 3x3 convolution, with `channels`, 2 and 4 times as many filters; batch norm, ReLU; mean over the
+    plane; linear layer. The plane is halved at each of the three groups, as is usual on mini-ImageNet (on CIFAR at two).
+
+    Returns (theta, chain) with names conv1.weight, layer1.0.bn1.weight, layer1.0.conv1.weight, layer1.0.shortcut.weight,
+    ..., bn.weight, head.weight, head.bias; convolutions initialised as in `resnet34`.
+    """
+    if image_size < 8:
+        raise ValueError(f"WRN-28 halves the image three times: image_size must be at least 8, got {image_size}")
+    parts = [(lambda layers, x, stride: layers.conv("conv1", x), "", {"conv1": _conv_layer(in_channels, 16)}, 1)]
+    width = 16
+    for k in range(3):
+        for n in range(4):
+            out, stride = channels * 2 ** k, 1 if n else 2
+            modules = {"bn1": _norm_layer(width), "conv1": _conv_layer(width, out),
+                       "bn2": _norm_layer(out), "conv2": _conv_layer(out, out)}
+            if n == 0:
+                modules["shortcut"] = _conv_layer(width, out, 1)
+            parts.append((_preactivated_block, f"layer{k + 1}.{n}.", modules, stride))
+            width = out
+    parts.append((lambda layers, x, stride: F.relu(layers.norm("bn", x)), "", {"bn": _norm_layer(width)}, 1))
+    return _image_network(parts, nn.Linear(width, ways))
+
+
 def mlp(sizes: Sequence[int]) -> tuple[Tensors, Chain]:
     """A ReLU network of linear layers fc1, fc2, ... with the given widths, input and output included; x (T, N, sizes[0]).
 
@@ -470,7 +521,7 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
     tasks, weight = len(x), weight.to(x.dtype)
     beta = beta + 0 * bias      # batch norm takes the bias away again: it is in the graph, but nothing is computed for it
     per_task = _per_task(weight, tasks, 4), _per_task(gamma, tasks, 1), _per_task(beta, tasks, 1)
-    if x.device.type == "cpu":
+    if _task_by_task(x):
         # Channels-last, task by task: batch norm and max-pool are then vectorised over channels and a task's
         # activations stay in cache; this block takes a small fraction of the time of the grouped form below.
         if support is None and takes_first_block(x[0]):
@@ -479,28 +530,119 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
             images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
             blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
         return (blocks[0] if tasks == 1 else torch.cat(blocks)).unflatten(0, (tasks, -1))
-    # Samples first in memory, so that tasks x channels are adjacent: a convolution with shared weights, one with
-    # weights per task (grouped) and batch norm per task are one launch each, without a copy between blocks.
-    x = x.transpose(0, 1)                                                            # (N, T, C, H, W)
-    if weight.dim() == 4:
-        y = conv2d(x.flatten(0, 1), weight)                                          # (N T, C', H, W)
-        y = y.unflatten(0, (-1, tasks)).flatten(1, 2)                                # (N, T C', H, W)
-    else:
-        y = conv2d(x.flatten(1, 2), weight.flatten(0, 1), groups=tasks)              # (N, T C', H, W)
-    gamma, beta = (t.flatten() for t in per_task[1:])
-    return _norm_pool(y, gamma, beta, support).unflatten(1, (tasks, -1)).transpose(0, 1)
+    return _task_groups(_norm_pool(_task_conv(x.transpose(0, 1).flatten(1, 2), weight, tasks),
+                                   gamma=per_task[1].flatten(), beta=per_task[2].flatten(), support=support), tasks)
 
 
-def _norm_pool(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, eps: float = 1e-5) -> Tensor:
+def _task_by_task(x: Tensor) -> bool:
+    """Whether one task after the other is faster than all at once."""
+    return x.device.type == "cpu"
+
+
+def _norm_pool(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None) -> Tensor:
     """Batch norm, max-pool 2, ReLU: y (N, C, H, W), gamma and beta (C) -> (N, C, H/2, W/2).
 
-    Statistics come from all N samples or from the first `support`. ReLU after the pool equals ReLU before it and
-    touches a quarter of the numbers.
+    ReLU after the pool equals ReLU before it and touches a quarter of the numbers.
     """
+    return F.relu(F.max_pool2d(_norm(y, gamma, beta, support), 2))
+
+
+def _norm(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, eps: float = 1e-5) -> Tensor:
+    """Batch norm: y (N, C, H, W), gamma and beta (C); statistics come from all N samples or from the first `support`."""
     if support is None:
-        y = batch_norm(y, gamma, beta, eps)
-    else:
-        var, mean = torch.var_mean(y[:support], dim=(0, 2, 3), correction=0)
-        scale = gamma * torch.rsqrt(var + eps)
-        y = y * scale[:, None, None] + (beta - mean * scale)[:, None, None]
-    return F.relu(F.max_pool2d(y, 2))
+        return batch_norm(y, gamma, beta, eps)
+    var, mean = torch.var_mean(y[:support], dim=(0, 2, 3), correction=0)
+    scale = gamma * torch.rsqrt(var + eps)
+    return y * scale[:, None, None] + (beta - mean * scale)[:, None, None]
+
+
+# Of several tasks at once on a GPU, images are (N, T C, H, W): tasks x channels are adjacent, so that a convolution with
+# shared weights, one with weights per task (grouped) and batch norm per task are one launch each, without copies between.
+
+def _task_conv(x: Tensor, weight: Tensor, tasks: int, stride: int = 1) -> Tensor:
+    """x (N, T C, H, W), weight (C', C, k, k) or (T, C', C, k, k) -> (N, T C', H / stride, W / stride)."""
+    if weight.dim() == 5:
+        return conv2d(x, weight.flatten(0, 1), groups=tasks, stride=stride)
+    if tasks == 1:
+        return conv2d(x, weight, stride=stride)
+    y = conv2d(x.unflatten(1, (tasks, -1)).flatten(0, 1), weight, stride=stride)      # (N T, C', H, W)
+    return y.unflatten(0, (-1, tasks)).flatten(1, 2)
+
+
+def _task_groups(y: Tensor, tasks: int) -> Tensor:
+    """(N, T C, H, W) -> (T, N, C, H, W), a view."""
+    return y.unflatten(1, (tasks, -1)).transpose(0, 1)
+
+
+class _Layers(NamedTuple):
+    """The layers of one stage over images (N, T C, H, W); each of its tensors is shared or, with a first dimension more, per
+    task."""
+    tensors: Mapping[str, Tensor]
+    tasks: int
+    support: int | None
+
+    def has(self, name: str) -> bool:
+        return f"{name}.weight" in self.tensors
+
+    def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        return _task_conv(x, self.tensors[f"{name}.weight"].to(x.dtype), self.tasks, stride)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        gamma, beta = (_per_task(self.tensors[f"{name}.{kind}"], self.tasks, 1).flatten() for kind in ("weight", "bias"))
+        return _norm(x, gamma, beta, self.support).to(x.dtype)
+
+
+def _resnet_stem(layers: _Layers, x: Tensor, stride: int) -> Tensor:
+    return F.max_pool2d(F.relu(layers.norm("bn1", layers.conv("conv1", x, stride))), 3, 2, padding=1)
+
+
+def _basic_block(layers: _Layers, x: Tensor, stride: int) -> Tensor:
+    """ReLU(shortcut + norm(conv(ReLU(norm(conv)))))."""
+    y = F.relu(layers.norm("bn1", layers.conv("conv1", x, stride)))
+    y = layers.norm("bn2", layers.conv("conv2", y))
+    if layers.has("downsample.0"):
+        x = layers.norm("downsample.1", layers.conv("downsample.0", x, stride))
+    return F.relu(x + y)
+
+
+def _preactivated_block(layers: _Layers, x: Tensor, stride: int) -> Tensor:
+    """shortcut + conv(ReLU(norm(conv(ReLU(norm))))); a convolved shortcut starts after the first ReLU, as in the authors'
+    network."""
+    y = F.relu(layers.norm("bn1", x))
+    if layers.has("shortcut"):
+        x = layers.conv("shortcut", y, stride)
+    return x + layers.conv("conv2", F.relu(layers.norm("bn2", layers.conv("conv1", y, stride))))
+
+
+def _conv_layer(n_in: int, n_out: int, size: int = 3) -> nn.Conv2d:
+    conv = nn.Conv2d(n_in, n_out, size, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _norm_layer(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+def _image_network(parts, head: nn.Linear) -> tuple[Tensors, Chain]:
+    """Stages of (block(layers, x, stride), prefix of its names, its modules, stride), then a mean over the plane and the head."""
+    modules = {prefix + name: module for _, prefix, own, _ in parts for name, module in own.items()} | {"head": head}
+    stages = [_image_stage(functools.partial(block, stride=stride), prefix, own) for block, prefix, own, stride in parts]
+    stages.append(Stage((), lambda theta, x, support: x.mean((3, 4))))
+    stages.append(Stage(("head.weight", "head.bias"), _reader(_linear, ("head.weight", "head.bias"))))
+    return _parameters(modules), Chain(stages)
+
+
+def _image_stage(block: Callable[[_Layers, Tensor], Tensor], prefix: str, modules: Mapping[str, nn.Module]) -> Stage:
+    dims = {name: t.dim() for name, t in _parameters(modules).items()}
+
+    def apply(theta, x, support):
+        tasks, own = len(x), {name: theta[prefix + name] for name in dims}
+        if not _task_by_task(x):
+            return _task_groups(block(_Layers(own, tasks, support), x.transpose(0, 1).flatten(1, 2)), tasks)
+        images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])       # as in _conv_block
+        each = [t.unbind() if t.dim() > dims[name] else [t] * tasks for name, t in own.items()]
+        out = [block(_Layers(dict(zip(own, ts)), 1, support), y) for y, *ts in zip(images, *each)]
+        return (out[0] if tasks == 1 else torch.cat(out)).unflatten(0, (tasks, -1))
+
+    return Stage(tuple(prefix + name for name in dims), apply)

@@ -3,7 +3,12 @@
     python train_miniimagenet.py --backbone conv4 --shots 5
 
 is the paper's main cell: ModGrad, Conv-4, 5-way 5-shot, one inner step (paper: 69.17 ± 0.69 %; 1-shot 53.20 ± 0.86 %).
-Without the real images it runs on an embedded SYNTHETIC set. Shapes: T tasks, N images of a task, S image side.
+Without the real images it runs on an embedded SYNTHETIC set. The paper's WRN-28-10 is first trained as a classifier:
+
+    python train_miniimagenet.py --backbone wrn28-10 --method pretrain --out runs/wrn
+    python train_miniimagenet.py --backbone wrn28-10 --start-from runs/wrn --freeze-prefix --shots 5
+
+Shapes: T tasks, N images of a task, S image side.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import csv
 import functools
 import http.client
 import json
+import math
 import os
 import pickle
 import re
@@ -36,20 +42,38 @@ from common import (DataError, DownloadError, Training, UsageError, add_run_flag
                     positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
                     sum_over_ranks, write_result)
 from kernels import resolve_backend
-from modgrad import Chain, Generator, adapt, conv4
+from modgrad import Chain, Generator, adapt, conv4, resnet34, wide_resnet28
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 EVALUATION_SEED = 20200823      # of validation and test tasks: the same for every run, so that results compare
 CONVS = ("conv1", "conv2", "conv3", "conv4")
 DEFAULTS = {                    # what differs between the methods
-    "modgrad": {"inner_steps": 1, "inner_lr": 0.1, "adapt": ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]},
-    "maml": {"inner_steps": 5, "inner_lr": 0.01,
-             "adapt": [f"{layer}.{kind}" for layer in (*CONVS, "head") for kind in ("weight", "bias")]},
+    "modgrad": {"inner_steps": 1, "inner_lr": 0.1},
+    "maml": {"inner_steps": 5, "inner_lr": 0.01},
+    "pretrain": {"adapt": [], "updates": 60_000, "batch_size": 64, "meta_lr": 0.1},
 }
 DEFAULTS["fomaml"] = DEFAULTS["maml"]
 SMOKE = {"episodes": 24, "val_every": 12, "val_episodes": 8, "test_episodes": 16, "image_size": 32, "channels": 16,
          "log_every": 6, "checkpoint_every": 12, "context_dim": 32}
+
+
+class Backbone(NamedTuple):
+    build: Callable         # (ways, channels, image size) -> theta, chain
+    modulated: list         # the tensors that ModGrad adapts, of the last two convolutions
+    adapted: list | None    # those that MAML does; None: all of them
+    defaults: dict          # flags of the paper's runs with it
+
+
+BACKBONES = {
+    "conv4": Backbone(conv4, ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"],
+                      [f"{layer}.{kind}" for layer in (*CONVS, "head") for kind in ("weight", "bias")],
+                      {"image_size": 84, "channels": 64, "augment": False, "episodes": 50_000}),
+    "resnet34": Backbone(resnet34, ["layer4.2.conv1.weight", "layer4.2.conv2.weight"], None,
+                         {"image_size": 224, "channels": 64, "augment": True, "episodes": 100_000}),
+    "wrn28-10": Backbone(wide_resnet28, ["layer3.3.conv1.weight", "layer3.3.conv2.weight"], None,
+                         {"image_size": 80, "channels": 160, "augment": True, "episodes": 50_000}),
+}
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,16 +85,23 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--ways", type=positive_int, default=5, help="classes per task (paper: 5)")
     task.add_argument("--shots", type=positive_int, default=5, help="support images per class (paper: 1, 5, 10, 15, 20)")
     task.add_argument("--queries", type=positive_int, default=15, help="query images per class (paper: 15)")
-    task.add_argument("--image-size", type=positive_int, default=84, help="pixels per side (paper: 84)")
+    task.add_argument("--image-size", type=positive_int, help="pixels per side (default: conv4 84, resnet34 224, wrn28-10 80)")
+    task.add_argument("--augment", action=argparse.BooleanOptionalAction, help="train on random crops, flips and colours, test on "
+                      "the centre of images 15 %% larger (default: resnet34 and wrn28-10)")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad")
+    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad",
+                        help="pretrain: classify all training classes, as a start for the others")
     method.add_argument("--backbone", choices=tuple(BACKBONES), default="conv4")
-    method.add_argument("--channels", type=positive_int, default=64, help="filters per Conv-4 layer (paper: 64)")
+    method.add_argument("--channels", type=positive_int, help="filters of each Conv-4 layer, or of a residual network's first "
+                        "group (default: conv4 and resnet34 64, wrn28-10 160)")
+    method.add_argument("--start-from", metavar="RUN", help="start theta from this run's best weights, all but a head that "
+                        "does not fit; or from a file of named tensors (not ImageNet's: it holds the test classes)")
+    method.add_argument("--freeze-prefix", action="store_true", help="keep what lies before the first adapted tensor as it starts")
     method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad 1, maml 5)")
     method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
-                        "modgrad the last two convolutions' weights and biases, maml all convolutions and the head)")
+                        "modgrad the last two convolutions, maml Conv-4's convolutions and head, or all of the others)")
     method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
     method.add_argument("--context-dim", type=positive_int, default=300, help="D, length of nu (paper: 300)")
     method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
@@ -91,12 +122,16 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 
     train = parser.add_argument_group("meta-training")
-    train.add_argument("--episodes", type=positive_int, default=50_000, help="training tasks in all (paper: 50,000)")
+    train.add_argument("--episodes", type=positive_int,
+                       help="training tasks in all (default: 50,000, resnet34 100,000, as in the paper)")
     train.add_argument("--meta-batch", type=positive_int, default=3, help="tasks per outer update (released code: 3)")
     train.add_argument("--task-chunk", type=positive_int, help="tasks held in memory at once (default: all)")
     train.add_argument("--compile", nargs="?", const="default", choices=("default", "cuda-graphs"),
                        help="compile the meta-step (minutes at the start); cuda-graphs also replays it without launch costs")
-    train.add_argument("--meta-lr", type=positive_float, default=1e-3, help="Adam's rate for theta and psi (paper: 1e-3)")
+    train.add_argument("--updates", type=positive_int, help="of pretrain (60,000: 100 epochs), counted where others count episodes")
+    train.add_argument("--batch-size", type=positive_int, help="images of an update of pretrain (64)")
+    train.add_argument("--meta-lr", type=positive_float, help="Adam's rate for theta and psi (default: 1e-3, as in the paper); "
+                       "pretrain: of SGD, falling as a cosine (0.1)")
     train.add_argument("--meta-lr-halve-every", type=positive_int, default=10_000, help="episodes (paper: 10,000)")
     train.add_argument("--val-every", type=positive_int, default=2_500, help="training episodes between validations")
     train.add_argument("--val-episodes", type=positive_int, default=400, help="validation tasks (released code: 400)")
@@ -114,7 +149,21 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
-    fill_in(args, DEFAULTS[args.method])
+    backbone = BACKBONES[args.backbone]
+    pretraining = args.method == "pretrain"
+    for flag, start in (("updates", args.updates), ("batch_size", args.batch_size)):
+        if start and not pretraining:
+            raise UsageError(f"--{flag.replace('_', '-')} is for --method pretrain; meta-training has --episodes and --meta-batch")
+    if pretraining and (given := [f"--{flag}" for flag in ("adapt", "episodes", "compile") if getattr(args, flag)]):
+        raise UsageError(f"{given[0]} is for meta-training, not for --method pretrain")
+    if args.freeze_prefix and not args.start_from:
+        raise UsageError("--freeze-prefix keeps weights as they start: give it trained ones with --start-from")
+    fill_in(args, {"meta_lr": 1e-3} | DEFAULTS[args.method])
+    fill_in(args, backbone.defaults)
+    if pretraining:
+        args.episodes = None
+    if args.adapt is None:
+        args.adapt = backbone.modulated if args.method == "modgrad" else backbone.adapted or every_tensor(args)
     args.first_order |= args.method == "fomaml"
     for flag in ("refine", "normalise_context"):
         if getattr(args, flag) and args.method != "modgrad":
@@ -126,9 +175,18 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
-        vars(args).update(SMOKE)
+        vars(args).update(SMOKE | ({"episodes": None, "updates": 24, "batch_size": 16} if pretraining else {}))
     args.out = args.out or f"runs/miniimagenet/{args.method}-{args.backbone}-{args.shots}shot-seed{args.seed}"
     return args
+
+
+def every_tensor(args: argparse.Namespace) -> list[str]:
+    """The names of the backbone's tensors."""
+    try:
+        with torch.device("meta"):
+            return list(BACKBONES[args.backbone].build(args.ways, args.channels, args.image_size)[0])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -574,11 +632,57 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
     return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
 
 
+def sample_images(data, count, generator, share=slice(None)):
+    """Draw images of any class: data as in `sample_episodes` -> x uint8 (1, B, 3, S, S), classes int64 (1, B), B the share."""
+    rows = torch.randint(data.shape[0] * data.shape[1], (count,), generator=generator)[share].to(data.device)
+    return data.flatten(0, 1)[rows].movedim(-1, 1).unsqueeze(0), (rows // data.shape[1]).unsqueeze(0)
+
+
+def stored_size(args):
+    """Side of the images as they are kept: with --augment 15 % above what the network sees, 224 from 257, 80 from 92."""
+    return int(args.image_size * 1.15) if args.augment else args.image_size
+
+
+def centre_crop(x, size):
+    """(..., S, S) -> (..., size, size)."""
+    start = (x.shape[-1] - size) // 2
+    return x[..., start:start + size, start:start + size]
+
+
+def augment(x, draws, size):
+    """Random crops, flips and colours: uint8 (T, N, 3, S, S), draws (T, N, 8) uniform in [0, 1) -> floats in [0, 255],
+    (T, N, 3, size, size).
+
+    A crop has 8 to 100 % of the area and sides between 3:4 and 4:3, cut off where longer than the image; then a flip for
+    every second image, and brightness, contrast and colour in this order, each between 0.6 and 1.4 times what it was.
+    """
+    images, draws = x.flatten(0, 1).float(), draws.flatten(0, 1).to(x.device)
+    area, aspect, left, top, flip, *changes = draws.unbind(1)                               # (T N) each
+    area, aspect = 0.08 + 0.92 * area, (4 / 3) ** (2 * aspect - 1)
+    width, height = ((area * ratio).sqrt().clamp(max=1) for ratio in (aspect, 1 / aspect))
+    zero = torch.zeros_like(area)
+    columns = torch.stack([width * torch.where(flip < 0.5, 1, -1), zero, (1 - width) * (2 * left - 1)], 1)
+    rows = torch.stack([zero, height, (1 - height) * (2 * top - 1)], 1)
+    grid = F.affine_grid(torch.stack([columns, rows], 1), [len(images), 3, size, size], align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    brightness, contrast, colour = (0.6 + 0.8 * change[:, None, None, None] for change in changes)
+    images = (brightness * images).clamp(0, 255)
+    for factor, plain in ((contrast, lambda grey: grey.mean((2, 3), keepdim=True)), (colour, lambda grey: grey)):
+        plain = plain((images * _luma(x.device)).sum(1, keepdim=True))
+        images = (plain + factor * (images - plain)).clamp(0, 255)
+    return images.unflatten(0, x.shape[:2])
+
+
+@functools.cache
+def _luma(device):
+    return torch.tensor([0.299, 0.587, 0.114], device=device).view(3, 1, 1)
+
+
 def normalise(x, dtype=torch.float32):
-    """uint8 (..., 3, S, S) -> (x / 255 - mean) / std with ImageNet's statistics, contiguous, in `dtype`."""
+    """Pixels (..., 3, S, S), 0 to 255 -> (x / 255 - mean) / std with ImageNet's statistics, contiguous, in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)        # half types are rounded once, at the end
     scale, shift = _pixel_transform(x.device, wide)         # (3, 1, 1) each
-    pixels = x.to(wide, memory_format=torch.contiguous_format)
+    pixels = x.to(wide, memory_format=torch.contiguous_format, copy=True)
     return pixels.mul_(scale).sub_(shift).to(dtype)
 
 
@@ -601,24 +705,46 @@ class Learner(NamedTuple):
     generator: Generator | None     # psi; None for MAML (M = 1)
 
     def parameters(self) -> list[Tensor]:
-        return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
+        own = [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
+        return [t for t in own if t.requires_grad]
 
     state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
 
-BACKBONES = {"conv4": lambda args: conv4(args.ways, args.channels, args.image_size)}
-
-
-def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:
-    theta, network = BACKBONES[args.backbone](args)
+def build_learner(args: argparse.Namespace, device: torch.device, classes: int = STANDARD["train"][0]) -> Learner:
+    """`classes`: of the training split, which pretraining tells apart. Raises ValueError for impossible flags."""
+    pretraining = args.method == "pretrain"
+    theta, network = BACKBONES[args.backbone].build(classes if pretraining else args.ways, args.channels, args.image_size)
     theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
     adapted = tuple(args.adapt)
-    prefix, suffix = network.split(adapted)
+    prefix, suffix = network.split(["head.weight"] if pretraining else adapted)
+    if args.freeze_prefix:
+        for name in {name for stage in prefix.stages for name in stage.reads}:
+            theta[name].requires_grad_(False)
     generator = None
     if args.method == "modgrad":
         generator = Generator({name: theta[name].shape for name in adapted}, args.context_dim, args.rank,
                               args.factors, args.init, args.hidden_cap).to(device)
     return Learner(theta, adapted, prefix, suffix, generator)
+
+
+@torch.no_grad()
+def start_from(learner: Learner, path: str) -> None:
+    """Take over theta from a run of this script or a file {name: tensor}; a head of another shape stays. Raises UsageError."""
+    file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = (stored["now"]["best"] or stored["weights"])["theta"] if "now" in stored else dict(stored)
+    except Exception as error:
+        raise UsageError(f"--start-from {path}: {file} cannot be read as weights ({error})") from None
+    fits = lambda name, t: isinstance(stored.get(name), Tensor) and stored[name].shape == t.shape
+    for name, t in learner.theta.items():
+        if fits(name, t):
+            t.copy_(stored[name])
+        elif not name.startswith("head."):
+            has = tuple(stored[name].shape) if isinstance(stored.get(name), Tensor) else "nothing"
+            raise UsageError(f"--start-from {path} does not fit this --backbone and --channels: {name} should be "
+                             f"{tuple(t.shape)}, it has {has}")
 
 
 # --- task loss -------------------------------------------------------------------------------------------------------
@@ -630,8 +756,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Tensor, support_y: Tensor,
                       query_x: Tensor, rng: torch.Generator | None, train: bool) -> Tensor:
-    """Adapt to each support set, then classify its queries: (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways)."""
+    """Adapt to each support set, then classify its queries: (T, Ns, 3, S, S), (T, Ns), (T, Nq, 3, S, S) -> (T, Nq, ways).
+
+    Without a tensor to adapt, after pretraining, the class whose mean support feature is nearest is the answer.
+    """
     theta, (tasks, support) = learner.theta, support_x.shape[:2]
+    if not learner.adapted:
+        return nearest_mean(*features_of(learner, args, support_x, query_x), support_y)
     with torch.set_grad_enabled(train):
         features = learner.prefix(theta, support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
@@ -646,9 +777,27 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
         return learner.suffix(adapted, learner.prefix(theta, both, support), support)[:, support:]
 
 
+@torch.no_grad()
+def features_of(learner: Learner, args: argparse.Namespace, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head would read, scaled to length 1: (T, Ns, F), (T, Nq, F)."""
+    support = support_x.shape[1]
+    if args.batch_norm == "transductive":
+        features = [learner.prefix(learner.theta, x) for x in (support_x, query_x)]
+    else:
+        features = learner.prefix(learner.theta, torch.cat([support_x, query_x], 1), support).tensor_split([support], 1)
+    return tuple(F.normalize(x.flatten(2).float(), dim=2) for x in features)
+
+
+def nearest_mean(support: Tensor, query: Tensor, support_y: Tensor) -> Tensor:
+    """Features (T, Ns, F), (T, Nq, F), labels (T, Ns) -> minus the distances to the means of the classes, (T, Nq, ways)."""
+    members = F.one_hot(support_y).to(support.dtype)                                # (T, Ns, ways)
+    means = members.mT @ support / members.sum(1).unsqueeze(2)                      # (T, ways, F)
+    return -torch.cdist(query, means)
+
+
 def to_input(x: Tensor, args: argparse.Namespace) -> Tensor:
-    """uint8 images -> what the network reads."""
-    return normalise(x, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    """Images, 0 to 255 -> what the network reads: their centre, if they are larger, normalised."""
+    return normalise(centre_crop(x, args.image_size), torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
 
 # --- meta-train ------------------------------------------------------------------------------------------------------
@@ -685,44 +834,90 @@ def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse
     return totals
 
 
-def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None,
-               splits: dict[str, Tensor], device: torch.device) -> dict:
-    """Train until `--episodes`, the time limit or a signal; returns the progress record, whose "best" holds weights."""
-    optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
+def pretrain_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, x: Tensor, y: Tensor) -> Tensor:
+    """One update as a classifier of all training classes, x (1, B, 3, S, S), y (1, B): returns (loss, accuracy), (2,)."""
+    totals = torch.zeros(2, device=x.device)
+    optimiser.zero_grad(set_to_none=True)
+    if y.numel():
+        logits = learner.suffix(learner.theta, learner.prefix(learner.theta, to_input(x, args)))
+        loss = F.cross_entropy(logits[0], y[0], reduction="sum") / args.batch_size
+        loss.backward()
+        totals += torch.stack([loss.detach(), (logits.detach().argmax(-1) == y).float().sum() / args.batch_size])
+    sum_gradients(learner.parameters(), totals)
+    optimiser.step()
+    return totals
+
+
+def draw_episodes(args: argparse.Namespace, images: Tensor, tasks: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+    """Training episodes as from `sample_episodes`, this rank's share of them, with --augment changed at random."""
+    share = slice(rank(), None, ranks())
+    support_x, support_y, query_x, query_y = sample_episodes(images, tasks, args.ways, args.shots, args.queries, rng, share)
+    if args.augment:
+        numbers = [args.ways * args.shots, args.ways * args.queries]
+        draws = torch.rand(tasks, sum(numbers), 8, generator=rng)[share].split(numbers, 1)       # the same on every rank
+        if len(support_x):
+            support_x, query_x = (augment(x, part, args.image_size) for x, part in zip((support_x, query_x), draws))
+    return support_x, support_y, query_x, query_y
+
+
+def draw_images(args: argparse.Namespace, images: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch for `pretrain_step`, this rank's share of it."""
+    share = slice(rank(), None, ranks())
+    x, y = sample_images(images, args.batch_size, rng, share)
+    if args.augment:
+        draws = torch.rand(1, args.batch_size, 8, generator=rng)[:, share]
+        x = augment(x, draws, args.image_size) if y.numel() else x
+    return x, y
+
+
+def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None, splits: dict[str, Tensor],
+          device: torch.device) -> dict:
+    """Train until `--episodes` (pretrain: `--updates`), the time limit or a signal; returns the progress record, whose "best"
+    holds weights."""
+    pretraining = args.method == "pretrain"
+    unit, per_update = ("update", 1) if pretraining else ("episode", args.meta_batch)
+    if pretraining:
+        optimiser = torch.optim.SGD(learner.parameters(), args.meta_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        rate = lambda done: args.meta_lr * (1 + math.cos(math.pi * done / args.updates)) / 2
+    else:
+        optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
+        rate = lambda done: args.meta_lr * 0.5 ** (done // args.meta_lr_halve_every)
     episode_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     predict = make_predict(learner, args)
-    now = {"episode": 0, "seconds": 0.0, "best_accuracy": -1.0, "best_episode": 0, "best": None, "pending": [],
-           "stopped": None}
+    now = {unit: 0, "seconds": 0.0, "best_accuracy": -1.0, f"best_{unit}": 0, "best": None, "pending": [], "stopped": None}
     kept = {"optimiser": optimiser, "episode_rng": episode_rng, "noise_rng": noise_rng}
-    with Training(learner, args, run, checkpoint, "episode", now, kept, per_update=args.meta_batch) as training:
-        while tasks := training.goes_on():
+    with Training(learner, args, run, checkpoint, unit, now, kept, per_update) as training:
+        while count := training.goes_on():
             for group in optimiser.param_groups:
-                group["lr"] = args.meta_lr * 0.5 ** (now["episode"] // args.meta_lr_halve_every)
-            batch = sample_episodes(splits["train"], tasks, args.ways, args.shots, args.queries, episode_rng,
-                                    slice(rank(), None, ranks()))
+                group["lr"] = rate(now[unit])
             if ranks() > 1:      # noise differs between ranks, so from one process's; a resumed run draws it again
-                noise_rng.manual_seed(hash((args.seed, now["episode"], rank())))
-            training.advance(meta_step(learner, optimiser, args, batch, noise_rng, tasks, predict))
+                noise_rng.manual_seed(hash((args.seed, now[unit], rank())))
+            if pretraining:
+                losses = pretrain_step(learner, optimiser, args, *draw_images(args, splits["train"], episode_rng))
+            else:
+                batch = draw_episodes(args, splits["train"], count, episode_rng)
+                losses = meta_step(learner, optimiser, args, batch, noise_rng, count, predict)
+            training.advance(losses)
             if training.due(args.log_every):
                 loss, accuracy = training.log("loss", "accuracy")
                 best = max(now["best_accuracy"], 0)
                 training.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{best:.1%}")
             if training.due(args.val_every):
-                validate(learner, args, run, splits["val"], now)
+                validate(learner, args, run, splits["val"], unit, now)
             if training.due(args.checkpoint_every, args.val_every):
                 training.save()
         if now["stopped"] == "time" and now["best"] is None:
-            validate(learner, args, run, splits["val"], now)
+            validate(learner, args, run, splits["val"], unit, now)
     return now
 
 
-def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, now: dict) -> None:
+def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tensor, unit: str, now: dict) -> None:
     """Measure validation accuracy and keep the weights if they are the best so far."""
     accuracy, ci95 = mean_ci95(evaluate(learner, args, images, args.val_episodes, "validation"))
-    append_log(run, {"episode": now["episode"], "val_accuracy": accuracy, "val_ci95": ci95})
+    append_log(run, {unit: now[unit], "val_accuracy": accuracy, "val_ci95": ci95})
     if accuracy > now["best_accuracy"]:
-        now.update(best_accuracy=accuracy, best_episode=now["episode"], best=learner.state())
+        now.update({"best_accuracy": accuracy, f"best_{unit}": now[unit], "best": learner.state()})
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -758,13 +953,14 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
     if args.download:
         with first_of_machine():
             download(root)
+    size = stored_size(args)
     if from_first_rank(lambda: args.smoke or not (args.data or args.download or (root.is_dir() and find_data(root)))):
-        splits = {split: synthetic_split(split, image_size=args.image_size) for split in SPLITS}
+        splits = {split: synthetic_split(split, image_size=size) for split in SPLITS}
         hint = "" if args.smoke else f"; no mini-ImageNet in {root}: see README, 'Data', or pass --download"
         print(f"SYNTHETIC data: procedurally drawn classes, not mini-ImageNet{hint}", flush=True)
     else:
         with first_of_machine():
-            splits = {split: load_split(root, split, args.image_size) for split in SPLITS}
+            splits = {split: load_split(root, split, size) for split in SPLITS}
     first = splits["train"]
     if not first.synthetic:
         print("; ".join(images.dataset for images in splits.values()), flush=True)
@@ -778,16 +974,18 @@ def main(argv: list[str] | None = None) -> None:
     splits, dataset, synthetic = load_data(args, device)
     try:
         backend = resolve_backend(args.kernel, device)
-        learner = build_learner(args, device)
+        learner = build_learner(args, device, len(splits["train"]))
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from None
     for images in splits.values():      # impossible sizes are refused before a run folder exists
         sample_episodes(images, 1, args.ways, args.shots, args.queries, torch.Generator())
+    if args.start_from:      # not needed again by a resumed run
+        from_first_rank(lambda: args.resume and Path(args.out, "checkpoint.pt").exists() or start_from(learner, args.start_from))
     run, checkpoint = from_first_rank(lambda: open_run(args.out, vars(args) | {"dataset": dataset}, args.resume))
     learner.load(from_first_rank(learner.state))
     print(f"{args.method} {args.backbone} {args.ways}-way {args.shots}-shot on {device} ({backend} kernel), "
           f"{args.batch_norm} batch norm -> {run}", flush=True)
-    now = meta_train(learner, args, run, checkpoint, splits, device)
+    now = train(learner, args, run, checkpoint, splits, device)
     if now["best"] is not None:
         learner.load(now["best"])
     accuracies = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")
@@ -795,14 +993,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     accuracy, ci95 = mean_ci95(accuracies)
     label = f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot {args.method}"
-    plot_log(run, f"{label}: {accuracy:.1%} on {args.test_split}", "episode", "training episodes", "accuracy, %",
-             {"meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
+    unit = "update" if args.method == "pretrain" else "episode"
+    plot_log(run, f"{label}: {accuracy:.1%} on {args.test_split}", unit, f"training {unit}s", "accuracy, %",
+             {"training" if args.method == "pretrain" else "meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
     write_result(run, device, {
         "metric": "accuracy", "value": accuracy, "ci95": ci95, "tasks": len(accuracies), "split": args.test_split,
         "dataset": dataset, "synthetic": synthetic, "batch_norm": args.batch_norm, "config": vars(args),
-        "seed": args.seed, "episodes": now["episode"], "best_episode": now["best_episode"],
+        "seed": args.seed, f"{unit}s": now[unit], f"best_{unit}": now[f"best_{unit}"],
         "best_val_accuracy": now["best_accuracy"], "kernel": backend,
-        "train_seconds": now["seconds"], "train_episodes_per_second": now["episode"] / now["seconds"]})
+        "train_seconds": now["seconds"], f"train_{unit}s_per_second": now[unit] / now["seconds"]})
     print(f"{label}, {args.test_split} accuracy ({args.batch_norm} batch norm): {100 * accuracy:.2f} ± "
           f"{100 * ci95:.2f} % over {len(accuracies)} tasks; results in {run}")
 

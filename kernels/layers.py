@@ -28,12 +28,12 @@ from torch.autograd import Function
 from kernels import winograd
 
 
-def conv2d(x, weight, bias=None, groups: int = 1):
-    """Convolution 3x3 or any odd size, stride 1, same size: x (N, C, H, W), weight (C', C / groups, k, k), bias (C')
-    or None."""
+def conv2d(x, weight, bias=None, groups: int = 1, stride: int = 1):
+    """Convolution of any odd size k, padded by k // 2: x (N, C, H, W), weight (C', C / groups, k, k), bias (C') or None ->
+    (N, C', H, W), or the part of it that `stride` leaves."""
     if torch.compiler.is_compiling():        # the compiler does not take Functions inside torch.func; it has its own fusion
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
-    return _Conv.apply(x, weight, bias, groups)
+        return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
+    return _Conv.apply(x, weight, bias, groups, stride)
 
 
 def batch_norm(x, gamma, beta, eps: float = 1e-5):
@@ -68,52 +68,54 @@ def _used_now(ctx, k: int) -> bool:
 
 
 class _Conv(Function):
-    """(x, weight, bias, groups) -> y."""
+    """(x, weight, bias, groups, stride) -> y."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, groups):
-        if groups == 1 and winograd.pays(x, weight):
+    def forward(x, weight, bias, groups, stride):
+        if groups == stride == 1 and winograd.pays(x, weight):
             y = winograd.convolve(x, weight)
             return y if bias is None else y.add_(bias[:, None, None])
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=groups)
+        return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.groups = inputs
+        x, weight, _, *ctx.form = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, G):
         x, weight = ctx.saved_tensors
-        return *_ConvBackward.apply(G, x, weight, ctx.groups, [_used_now(ctx, 0), *ctx.needs_input_grad[1:3]]), None
+        wanted = [_used_now(ctx, 0), *ctx.needs_input_grad[1:3]]
+        return *_ConvBackward.apply(G, x, weight, *ctx.form, wanted), None, None
 
 
 class _ConvBackward(Function):
-    """(G, x, weight, groups, which of three are wanted) -> dx, dweight, dbias."""
+    """(G, x, weight, groups, stride, which of three are wanted) -> dx, dweight, dbias."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(G, x, weight, groups, wanted):
+    def forward(G, x, weight, groups, stride, wanted):
         G = _laid_out_as(x, G)
         dx = dweight = None
-        if wanted[0] and groups == 1 and winograd.pays(G, weight):
+        if wanted[0] and groups == stride == 1 and winograd.pays(G, weight):
             dx = winograd.input_gradient(G, weight)
-        if wanted[1] and groups == 1 and winograd.pays_for_weights(G, x, weight):
+        if wanted[1] and groups == stride == 1 and winograd.pays_for_weights(G, x, weight):
             dweight = winograd.weight_gradient(G, x)
         rest = [wanted[0] and dx is None, wanted[1] and dweight is None, wanted[2]]
         if not any(rest):
             return dx, dweight, None
         pad = weight.shape[-1] // 2
-        others = torch.ops.aten.convolution_backward(G, x, weight, [weight.shape[0]], [1, 1], [pad, pad], [1, 1], False,
-                                                     [0, 0], groups, rest)
+        others = torch.ops.aten.convolution_backward(G, x, weight, [weight.shape[0]], [stride, stride], [pad, pad], [1, 1],
+                                                     False, [0, 0], groups, rest)
         return others[0] if rest[0] else dx, others[1] if rest[1] else dweight, others[2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.groups, _ = inputs
+        *tensors, groups, stride, _ = inputs
+        ctx.form = groups, stride
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -123,18 +125,18 @@ class _ConvBackward(Function):
         needs_G, needs_x, needs_weight = ctx.needs_input_grad[:3]
         to_G = to_x = to_weight = None
         if needs_G:
-            to_G = None if U is None else _Conv.apply(U, weight, c, ctx.groups)
+            to_G = None if U is None else _Conv.apply(U, weight, c, *ctx.form)
             if V is not None:
                 rest = c if U is None else None
-                other = _Conv.apply(x, V, rest, ctx.groups)
+                other = _Conv.apply(x, V, rest, *ctx.form)
                 to_G = other if to_G is None else to_G + other
             elif U is None and c is not None:
                 to_G = c[:, None, None].expand_as(G)
         wanted = [needs_x and V is not None, needs_weight and U is not None, False]
         if any(wanted):                      # dgrad reads the weight's place only, wgrad the input's
-            to_x, to_weight, _ = _ConvBackward.apply(G, x if U is None else U, weight if V is None else V, ctx.groups,
+            to_x, to_weight, _ = _ConvBackward.apply(G, x if U is None else U, weight if V is None else V, *ctx.form,
                                                      wanted)
-        return to_G, to_x, to_weight, None, None
+        return to_G, to_x, to_weight, None, None, None
 
 
 class _BatchNorm(Function):

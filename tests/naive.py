@@ -17,6 +17,41 @@ def conv4_logits(theta, x):
     return F.linear(x.flatten(1), theta["head.weight"], theta["head.bias"])
 
 
+def batch_normalised(theta, name, x):
+    return F.batch_norm(x, None, None, theta[f"{name}.weight"], theta[f"{name}.bias"], training=True)
+
+
+def resnet34_logits(theta, x):
+    """He et al. 2016, Fig. 3 with batch norm after each convolution; x (N, 3, S, S) -> (N, ways)."""
+    x = F.conv2d(x, theta["conv1.weight"], stride=2, padding=3)
+    x = F.max_pool2d(F.relu(batch_normalised(theta, "bn1", x)), kernel_size=3, stride=2, padding=1)
+    for group, blocks in enumerate([3, 4, 6, 3], start=1):
+        for n in range(blocks):
+            name = f"layer{group}.{n}"
+            changes = group > 1 and n == 0
+            y = F.conv2d(x, theta[f"{name}.conv1.weight"], stride=2 if changes else 1, padding=1)
+            y = F.relu(batch_normalised(theta, f"{name}.bn1", y))
+            y = batch_normalised(theta, f"{name}.bn2", F.conv2d(y, theta[f"{name}.conv2.weight"], padding=1))
+            if changes:
+                x = batch_normalised(theta, f"{name}.downsample.1", F.conv2d(x, theta[f"{name}.downsample.0.weight"], stride=2))
+            x = F.relu(y + x)
+    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), theta["head.weight"], theta["head.bias"])
+
+
+def wide_resnet28_logits(theta, x):
+    """Zagoruyko and Komodakis 2016, Fig. 1 (c) and Table 1 for depth 28, with stride 2 in the first group too."""
+    x = F.conv2d(x, theta["conv1.weight"], padding=1)
+    for group in (1, 2, 3):
+        for n in range(4):
+            name = f"layer{group}.{n}"
+            activated = F.relu(batch_normalised(theta, f"{name}.bn1", x))
+            y = F.conv2d(activated, theta[f"{name}.conv1.weight"], stride=2 if n == 0 else 1, padding=1)
+            y = F.conv2d(F.relu(batch_normalised(theta, f"{name}.bn2", y)), theta[f"{name}.conv2.weight"], padding=1)
+            x = y + (F.conv2d(activated, theta[f"{name}.shortcut.weight"], stride=2) if n == 0 else x)
+    x = F.relu(batch_normalised(theta, "bn", x))
+    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), theta["head.weight"], theta["head.bias"])
+
+
 def mlp_output(theta, x):
     """x (N, in) -> (N, out) through fc1, ReLU, fc2, ..., without ReLU after the last."""
     layers = len(theta) // 2

@@ -53,6 +53,19 @@ def test_convolution_against_finite_differences(layout, groups):
     assert gradcheck(op, inputs) and gradgradcheck(op, inputs)
 
 
+@pytest.mark.parametrize("size, stride, groups", [(1, 2, 1), (1, 1, 2), (3, 2, 1), (3, 2, 2), (7, 2, 1), (5, 3, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolution_of_any_odd_size_and_stride(layout, size, stride, groups):
+    """The output is PyTorch's; with a stride the last rows and columns may go unread, in either parity of the plane."""
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    x = normal(2, 4, 5, 6).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    weight, bias = normal(2, 4 // groups, size, size).requires_grad_(), normal(2).requires_grad_()
+    op = lambda *args: conv2d(*args, groups, stride)
+    torch.testing.assert_close(op(x, weight, bias), F.conv2d(x, weight, bias, stride, size // 2, groups=groups))
+    assert gradcheck(op, (x, weight, bias)) and gradgradcheck(op, (x, weight, bias))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_norm_against_finite_differences(layout):
     inputs = tensors("batch norm", layout, shape=(2, 3, 3, 4))
