@@ -661,7 +661,7 @@ def augment(x, draws, size):
     area, aspect = 0.08 + 0.92 * area, (4 / 3) ** (2 * aspect - 1)
     width, height = ((area * ratio).sqrt().clamp(max=1) for ratio in (aspect, 1 / aspect))
     zero = torch.zeros_like(area)
-    columns = torch.stack([width * torch.where(flip < 0.5, 1, -1), zero, (1 - width) * (2 * left - 1)], 1)
+    columns = torch.stack([width * torch.where(flip < 0.5, -1, 1), zero, (1 - width) * (2 * left - 1)], 1)
     rows = torch.stack([zero, height, (1 - height) * (2 * top - 1)], 1)
     grid = F.affine_grid(torch.stack([columns, rows], 1), [len(images), 3, size, size], align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)

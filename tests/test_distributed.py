@@ -16,8 +16,9 @@ import train_miniimagenet as mini
 from runs import ROOT, result, weights
 from test_train_miniimagenet import TINY
 
-# Meta-batches of 3 on 2 ranks are uneven, the last one has a single task (rank 1 has none); 3 evaluation batches.
-FLAGS = [*TINY, "--episodes", "25", "--meta-batch", "3", "--eval-batch", "2", "--threads", "1", "--device", "cpu"]
+# Meta-batches of 3 on 2 ranks are uneven, the last one has a single task (rank 1 has none); 3 evaluation batches. Random crops
+# and colours are drawn for all tasks, whichever rank has them.
+FLAGS = [*TINY, "--episodes", "25", "--meta-batch", "3", "--eval-batch", "2", "--threads", "1", "--device", "cpu", "--augment"]
 FEW_THREADS = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 SIGNAL_IN_STEP_5 = """

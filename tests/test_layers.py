@@ -1,11 +1,15 @@
 """Convolution and batch norm with closed-form double backward: against PyTorch's own, finite differences, in every layout."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from kernels import batch_norm, conv2d, layers
+from runs import ROOT
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
@@ -64,6 +68,24 @@ def test_convolution_of_any_odd_size_and_stride(layout, size, stride, groups):
     op = lambda *args: conv2d(*args, groups, stride)
     torch.testing.assert_close(op(x, weight, bias), F.conv2d(x, weight, bias, stride, size // 2, groups=groups))
     assert gradcheck(op, (x, weight, bias)) and gradgradcheck(op, (x, weight, bias))
+
+
+def test_strided_1x1_convolutions_of_few_channels_write_nowhere_else():
+    """oneDNN's own weight gradient of them corrupts the heap on CPUs with AVX2: fewer than 8 channels, channels-last."""
+    program = """
+import torch
+from kernels import conv2d
+x = torch.randn(16, 5, 8, 8).contiguous(memory_format=torch.channels_last)
+weight = torch.randn(8, 5, 1, 1, requires_grad=True)
+for _ in range(300):
+    weight.grad = None
+    conv2d(x, weight, stride=2).square().sum().backward()
+    others = [torch.randn(n) for n in range(100, 3000, 150)]
+expected = torch.autograd.grad(torch.nn.functional.conv2d(x.double(), weight.double(), stride=2).square().sum(), weight)[0]
+torch.testing.assert_close(weight.grad, expected)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

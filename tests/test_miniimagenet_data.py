@@ -578,6 +578,85 @@ def test_normalise(dtype):
     assert (out.double() - expected).abs().max() < 6 * 4.5 / 2 * torch.finfo(dtype).eps
 
 
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+WHOLE = dict(area=1.0, aspect=0.5, left=0.5, top=0.5, flip=0.9, brightness=0.5, contrast=0.5, colour=0.5)   # changes nothing
+
+
+def augmented(x, size, **draws):
+    """mini.augment of images (N, 3, S, S), all with the draws of WHOLE but for those given."""
+    row = torch.tensor(list((WHOLE | draws).values()))
+    return mini.augment(x[None], row.expand(1, len(x), 8), size)[0]
+
+
+@pytest.fixture
+def photos():
+    return torch.randint(256, (4, 3, 24, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_draws_that_change_nothing(photos):
+    torch.testing.assert_close(augmented(photos, 24), photos.float(), rtol=0, atol=1e-3)
+
+
+def test_a_flip_mirrors(photos):
+    torch.testing.assert_close(augmented(photos, 24, flip=0.4), photos.float().flip(-1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("left, top, rows, columns", [(0.0, 1.0, slice(12, 24), slice(0, 12)),
+                                                      (1.0, 0.0, slice(0, 12), slice(12, 24))])
+def test_a_crop_is_that_part_of_the_image(photos, left, top, rows, columns):
+    """A quarter of the area at the size of its pixels, in a corner."""
+    quarter = (0.25 - 0.08) / 0.92
+    out = augmented(photos, 12, area=quarter, left=left, top=top)
+    torch.testing.assert_close(out, photos[:, :, rows, columns].float(), rtol=0, atol=1e-2)
+
+
+def test_a_crop_may_be_wider_than_high_and_stays_inside(photos):
+    """Of the smallest area, 4:3: as torch's own resizing of 7.8 x 5.9 pixels; without the border, where both look beyond it."""
+    ramp = torch.arange(24.0).expand(1, 3, 24, 24)
+    area = 0.08 * 24 * 24
+    for picture, extent in ((ramp, (area * 4 / 3) ** 0.5), (ramp.mT, (area * 3 / 4) ** 0.5)):       # along columns, rows
+        out = augmented(picture, 24, area=0.0, aspect=1.0, left=0.0, top=0.0)
+        out = out if picture is ramp else out.mT
+        expected = ((torch.arange(24) + 0.5) * extent / 24 - 0.5).clamp(min=0)
+        torch.testing.assert_close(out, expected.expand(1, 3, 24, 24), rtol=0, atol=1e-3)
+
+
+def test_colours_change_as_said(photos):
+    x = photos.float()
+    grey = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    for name, plain in (("brightness", torch.zeros(1)), ("contrast", grey.mean((2, 3), keepdim=True)), ("colour", grey)):
+        for draw, factor in ((0.0, 0.6), (1.0, 1.4)):
+            expected = (plain + factor * (x - plain)).clamp(0, 255)
+            torch.testing.assert_close(augmented(photos, 24, **{name: draw}), expected, rtol=0, atol=2e-3)
+
+
+def test_every_image_has_its_own_draws(photos):
+    draws = torch.rand(2, 2, 8, generator=torch.Generator().manual_seed(1))
+    together = mini.augment(photos.unflatten(0, (2, 2)), draws, 16)
+    assert together.shape == (2, 2, 3, 16, 16) and 0 <= together.min() and together.max() <= 255
+    for k, out in enumerate(together.flatten(0, 1)):
+        alone = mini.augment(photos[None, k:k + 1], draws.view(1, 4, 8)[:, k:k + 1], 16)[0, 0]
+        torch.testing.assert_close(out, alone, rtol=0, atol=1e-3)
+
+
+def test_the_centre_of_larger_images_is_what_the_network_reads(photos):
+    args = mini.parse_flags(["--augment", "--image-size", "21"])
+    assert mini.stored_size(args) == 24
+    seen = mini.to_input(photos, args)
+    torch.testing.assert_close(seen, mini.normalise(photos[:, :, 1:22, 1:22]))
+    assert [mini.stored_size(mini.parse_flags(["--backbone", name])) for name in mini.BACKBONES] == [84, 257, 92]
+
+
+def test_images_of_a_batch_come_with_their_classes():
+    data = labelled()
+    x, y = mini.sample_images(data, 2000, torch.Generator().manual_seed(0))
+    assert x.shape == (1, 2000, 3, 1, 1) and torch.equal(x[0, :, 0, 0, 0].long(), y[0])
+    seen = torch.bincount(y[0] * 12 + x[0, :, 1, 0, 0], minlength=108)
+    assert (seen - 2000 / 108).abs().max() < 5 * (2000 / 108) ** 0.5
+
+
+
 # --- the real data ---
 
 @pytest.mark.parametrize("split", mini.SPLITS)
