@@ -151,8 +151,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
     backbone = BACKBONES[args.backbone]
     pretraining = args.method == "pretrain"
-    for flag, start in (("updates", args.updates), ("batch_size", args.batch_size)):
-        if start and not pretraining:
+    for flag in ("updates", "batch_size"):
+        if getattr(args, flag) and not pretraining:
             raise UsageError(f"--{flag.replace('_', '-')} is for --method pretrain; meta-training has --episodes and --meta-batch")
     if pretraining and (given := [f"--{flag}" for flag in ("adapt", "episodes", "compile") if getattr(args, flag)]):
         raise UsageError(f"{given[0]} is for meta-training, not for --method pretrain")
@@ -992,10 +992,12 @@ def main(argv: list[str] | None = None) -> None:
     if rank() > 0:
         return
     accuracy, ci95 = mean_ci95(accuracies)
-    label = f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot {args.method}"
-    unit = "update" if args.method == "pretrain" else "episode"
+    pretraining = args.method == "pretrain"
+    label = (f"{'SYNTHETIC ' if synthetic else ''}{args.ways}-way {args.shots}-shot "
+             f"{'nearest class means' if pretraining else args.method}")
+    unit, curve = ("update", "training") if pretraining else ("episode", "meta-training, query")
     plot_log(run, f"{label}: {accuracy:.1%} on {args.test_split}", unit, f"training {unit}s", "accuracy, %",
-             {"training" if args.method == "pretrain" else "meta-training, query": "accuracy", "validation": "val_accuracy"}, scale=100)
+             {curve: "accuracy", "validation": "val_accuracy"}, scale=100)
     write_result(run, device, {
         "metric": "accuracy", "value": accuracy, "ci95": ci95, "tasks": len(accuracies), "split": args.test_split,
         "dataset": dataset, "synthetic": synthetic, "batch_norm": args.batch_norm, "config": vars(args),

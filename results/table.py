@@ -14,6 +14,7 @@ DOCUMENTS = HERE.parent / "README.md", HERE / "README.md"
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
     ("modgrad", "conv4", 1): "53.20 ± 0.86", ("modgrad", "conv4", 5): "69.17 ± 0.69",
     ("maml", "conv4", 1): "47.89 ± 1.20", ("maml", "conv4", 5): "64.59 ± 0.88",
+    ("modgrad", "wrn28-10", 1): "65.72 ± 0.21", ("modgrad", "wrn28-10", 5): "81.17 ± 0.20",
 }
 
 
@@ -32,8 +33,8 @@ def glance():
     hours = lambda seconds: f"{seconds / 3600:.1f} h"
     ours = lambda folder: [(f, r, r["config"]) for f, r in runs(folder) if r["config"]["method"] == "modgrad"]
 
-    folder, r, c = max((run for run in ours("miniimagenet") if run[2]["image_size"] == 84 and run[1]["split"] == "test"),
-                       key=lambda run: run[1]["episodes"])
+    size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84)]
+    folder, r, c = max((run for run in size if run[1]["split"] == "test"), key=lambda run: run[1]["episodes"])
     rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', c['shots']]} | "
                 f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {hours(r['train_seconds'])} |")
     for k, (order, pixels) in enumerate(CELLS):
@@ -67,16 +68,23 @@ def percent(r):
 
 def miniimagenet():
     """One row a run: what was run, our accuracy, the paper's (always on test classes after 50,000 episodes)."""
-    rows = ["| run | shots | pixels | training episodes | evaluated on | ours, % | paper, % (test, 50,000 episodes) | device | training |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows = ["| run | backbone | shots | pixels | training episodes | evaluated on | ours, % | paper, % (test, 50,000 episodes) | "
+            "device | training |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for folder, r in runs("miniimagenet"):
         c = r["config"]
-        what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
-        what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensors"
+        if c["method"] == "pretrain":
+            what = "pretraining alone, nearest class means"
+        else:
+            what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
+            what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensors"
+        what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
         what += ", bf16" if c["precision"] == "bf16" else ""
         what += ", SYNTHETIC" if r["synthetic"] else ""
-        rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {c['shots']} | {c['image_size']} | {r['episodes']:,} | "
+        full = {"conv4": 64, "resnet34": 64, "wrn28-10": 160}[c["backbone"]]
+        backbone = c["backbone"] + f", {full // c['channels']} times narrower" * (c["channels"] < full)
+        trained = f"{r['episodes']:,}" if "episodes" in r else f"{r['updates']:,} batches of {c['batch_size']}"
+        rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {backbone} | {c['shots']} | {c['image_size']} | {trained} | "
                     f"{r['tasks']} {r['split']} tasks | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
                     f"{PAPER.get((c['method'], c['backbone'], c['shots']), '-')} | {device(r)} |")
     return "\n".join(rows)
