@@ -137,14 +137,29 @@ class Generator(nn.Module):
                 for name in self.sizes}
 
 
+class LearnedRates(nn.Module):
+    """Meta-SGD (Li et al. 2017): a meta-learned rate for every number of the adapted tensors, the same for all tasks.
+
+    Calling it gives {name: (*shape)}, the `alpha` of `adapt`. `shapes` as in `Generator`; all rates start at `rate`.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]], rate: float):
+        super().__init__()
+        self.rates = nn.ParameterDict({_key(name): torch.full(tuple(shape), rate) for name, shape in shapes.items()})
+        self.names = list(shapes)
+
+    def forward(self) -> Tensors:
+        return {name: self.rates[_key(name)] for name in self.names}
+
+
 def _key(name: str) -> str:
     return name.replace(".", "/")  # a module may not have a dot in its name
 
 
 # --- the inner loop (Algorithm 1, Eq. 9) -----------------------------------------------------------------------------
 
-def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tasks: int | None, alpha: float | Tensor,
-          generator: Generator | None = None, *, steps: int = 1, first_order: bool = False, refine: bool = False,
+def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tasks: int | None,
+          alpha: float | Tensor | Mapping[str, Tensor], generator: Generator | None = None, *, steps: int = 1, first_order: bool = False, refine: bool = False,
           noise_std: float = 0.0, rng: torch.Generator | None = None, normalise_context: bool = False,
           differentiable: bool = True, kernel: str = "auto") -> Tensors:
     """Adapt `theta` to every task of a batch at once; a pure function of its arguments.
@@ -157,7 +172,8 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         theta: {name: (*shape)}, the tensors to adapt, the same start for all tasks; where `tasks` is None
             {name: (T, *shape)}, a start for each.
         tasks: T, or None.
-        alpha: inner learning rate, >= 0; a tensor receives its meta-gradient.
+        alpha: inner learning rate, >= 0; a tensor receives its meta-gradient. Without a generator also {name: tensor} with a
+            rate for every number, as in Meta-SGD (`LearnedRates`).
         generator: Psi, or None for MAML.
         steps: K.
         first_order: treat g and nu as constants in the outer derivative.
@@ -175,7 +191,11 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
     if not theta:
         raise ValueError("no tensor to adapt: theta is empty")
     tasks, given = len(next(iter(theta.values()))) if tasks is None else tasks, tasks
-    _check_steps(steps, tasks, alpha)
+    rates = alpha if isinstance(alpha, Mapping) else dict.fromkeys(theta, alpha)
+    if rates.keys() != theta.keys() or isinstance(alpha, Mapping) and generator is not None:
+        raise ValueError("alpha with a tensor for each name must name what is adapted, and goes without a generator")
+    for rate in rates.values():
+        _check_steps(steps, tasks, rate)
     if noise_std < 0:
         raise ValueError(f"noise_std must be >= 0, got {noise_std}")
     graph = differentiable and not first_order
@@ -191,7 +211,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
                 current = {name: t.detach() for name, t in current.items()}
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
             if generator is None:
-                current = {name: t - alpha * gradient[name] for name, t in current.items()}
+                current = {name: t - rates[name] * gradient[name] for name, t in current.items()}
             else:
                 trial = lambda nu: loss_fn(_modulated(current, gradient, generator(nu), alpha, kernel))
                 nu = _context(trial, _no_context(generator, next(iter(gradient.values()))), graph, normalise_context)

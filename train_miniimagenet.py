@@ -42,7 +42,7 @@ from common import (DataError, DownloadError, Training, UsageError, add_run_flag
                     positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
                     sum_over_ranks, write_result)
 from kernels import resolve_backend
-from modgrad import Chain, Generator, adapt, conv4, resnet34, wide_resnet28
+from modgrad import Chain, Generator, LearnedRates, adapt, conv4, resnet34, wide_resnet28
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +51,7 @@ CONVS = ("conv1", "conv2", "conv3", "conv4")
 DEFAULTS = {                    # what differs between the methods
     "modgrad": {"inner_steps": 1, "inner_lr": 0.1},
     "maml": {"inner_steps": 5, "inner_lr": 0.01},
+    "metasgd": {"inner_steps": 1, "inner_lr": 0.05},
     "pretrain": {"adapt": [], "updates": 60_000, "batch_size": 64, "meta_lr": 0.1},
 }
 DEFAULTS["fomaml"] = DEFAULTS["maml"]
@@ -91,15 +92,17 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad",
-                        help="pretrain: classify all training classes, as a start for the others")
+                        help="metasgd: MAML with a learned rate for every adapted number; pretrain: classify "
+                        "all training classes, as a start for the others")
     method.add_argument("--backbone", choices=tuple(BACKBONES), default="conv4")
     method.add_argument("--channels", type=positive_int, help="filters of each Conv-4 layer, or of a residual network's first "
                         "group (default: conv4 and resnet34 64, wrn28-10 160)")
     method.add_argument("--start-from", metavar="RUN", help="start theta from this run's best weights, all but a head that "
                         "does not fit; or from a file of named tensors (not ImageNet's: it holds the test classes)")
     method.add_argument("--freeze-prefix", action="store_true", help="keep what lies before the first adapted tensor as it starts")
-    method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad 1, maml 5)")
-    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01)")
+    method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad and metasgd 1, maml 5)")
+    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01), metasgd's at the "
+                        "start (0.05, the middle of its authors' range)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
                         "modgrad the last two convolutions, maml Conv-4's convolutions and head, or all of the others)")
     method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
@@ -702,7 +705,7 @@ class Learner(NamedTuple):
     adapted: tuple[str, ...]        # names of those that the inner loop changes
     prefix: Chain                   # images -> features, the same before and after adaptation
     suffix: Chain                   # features -> logits, reads the adapted tensors
-    generator: Generator | None     # psi; None for MAML (M = 1)
+    generator: Generator | LearnedRates | None      # psi, Meta-SGD's rates; None for MAML (M = 1)
 
     def parameters(self) -> list[Tensor]:
         own = [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
@@ -721,10 +724,11 @@ def build_learner(args: argparse.Namespace, device: torch.device, classes: int =
     if args.freeze_prefix:
         for name in {name for stage in prefix.stages for name in stage.reads}:
             theta[name].requires_grad_(False)
-    generator = None
+    generator, shapes = None, {name: theta[name].shape for name in adapted}
     if args.method == "modgrad":
-        generator = Generator({name: theta[name].shape for name in adapted}, args.context_dim, args.rank,
-                              args.factors, args.init, args.hidden_cap).to(device)
+        generator = Generator(shapes, args.context_dim, args.rank, args.factors, args.init, args.hidden_cap).to(device)
+    elif args.method == "metasgd":
+        generator = LearnedRates(shapes, args.inner_lr).to(device)
     return Learner(theta, adapted, prefix, suffix, generator)
 
 
@@ -766,7 +770,8 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
     with torch.set_grad_enabled(train):
         features = learner.prefix(theta, support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
-        adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, args.inner_lr, learner.generator,
+        rate, generator = (learner.generator(), None) if args.method == "metasgd" else (args.inner_lr, learner.generator)
+        adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, rate, generator,
                         steps=args.inner_steps, first_order=args.first_order, refine=args.refine,
                         normalise_context=args.normalise_context, noise_std=args.gradient_noise, rng=rng,
                         differentiable=train, kernel=args.kernel)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import naive
-from modgrad import Generator, adapt, adapt_linear, conv4, factor_sizes, from_module, mlp
+from modgrad import Generator, LearnedRates, adapt, adapt_linear, conv4, factor_sizes, from_module, mlp
 
 ADAPTED = ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
 TASKS, SUPPORT, QUERY, WAYS, DIM, U = 3, 6, 8, 3, 7, 4
@@ -139,6 +139,35 @@ def test_a_normalised_context_does_not_depend_on_the_scale_of_the_loss():
 def test_maml_equals_naive(steps, first_order):
     everything = list(network(torch.float64)[0])
     compare(torch.float64, everything, psi=False, steps=steps, first_order=first_order)
+
+
+@pytest.mark.parametrize("steps, first_order", [(1, False), (3, False), (2, True)])
+def test_meta_sgd_equals_its_equation(steps, first_order):
+    """theta - alpha * g with a rate for every number, one task at a time; the rates' meta-gradients too."""
+    theta, chain, _ = network(torch.float64)
+    names = ["conv1.weight", "norm3.bias", "head.weight"]
+    data = support_x, support_y, query_x, query_y = episode(torch.float64)
+    rates = LearnedRates({n: theta[n].shape for n in names}, 0.2).double()
+    with torch.no_grad():
+        for p in rates.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype))
+    prefix, suffix = chain.split(names)
+    features = prefix(theta, support_x)
+    loss = lambda p: cross_entropy(suffix({**theta, **p}, features), support_y)
+    ours = adapt(loss, {n: theta[n] for n in names}, TASKS, rates(), steps=steps, first_order=first_order)
+    our_loss = cross_entropy(suffix({**theta, **ours}, prefix(theta, query_x)), query_y).sum()
+    their_loss = 0
+    for t in range(TASKS):
+        current = dict(theta)
+        for _ in range(steps):
+            inner = lambda p: F.cross_entropy(naive.conv4_logits(p, support_x[t]), support_y[t])
+            g = naive.gradient(inner, current, names, None)
+            current |= {n: current[n] - rates()[n] * (g[n].detach() if first_order else g[n]) for n in names}
+        assert_close({n: ours[n][t] for n in names}, {n: current[n] for n in names}, 1e-10)
+        their_loss = their_loss + F.cross_entropy(naive.conv4_logits(current, query_x[t]), query_y[t])
+    ours, theirs = (meta_gradients(value, theta, rates) for value in (our_loss, their_loss))
+    assert min(g.abs().max() for n, g in theirs.items() if n.startswith("psi.")) > 1e-6
+    assert_close(ours, theirs, 1e-10)
 
 
 def test_modulation_of_one_is_maml():
@@ -406,6 +435,8 @@ def test_mlp_regression_equals_naive():
     (lambda t, c, p, l: c.split([]), "at least one"),
     (lambda t, c, p, l: c.split(["head.bias", "head.bias"]), "distinct"),
     (lambda t, c, p, l: adapt(l, {}, 2, 0.1), "empty"),
+    (lambda t, c, p, l: adapt(l, t, 2, {"conv1.weight": t["conv1.weight"]}), "must name what is adapted"),
+    (lambda t, c, p, l: adapt(l, t, 2, t, p), "without a generator"),
     (lambda t, c, p, l: adapt(l, t, 2, -0.1), "alpha"),
     (lambda t, c, p, l: adapt(l, t, 2, float("nan")), "alpha"),
     (lambda t, c, p, l: adapt(l, t, 0, 0.1), "tasks=0"),

@@ -38,12 +38,16 @@ def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
     assert runs.logged(run, "episode", "val_accuracy") == [12, 24]
 
 
-@pytest.mark.parametrize("method", ["maml", "fomaml"])
+@pytest.mark.parametrize("method", ["maml", "fomaml", "metasgd"])
 def test_the_baselines_run(method, tmp_path):
     done = script(*TINY, "--method", method, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = runs.result(tmp_path / "run")
-    assert result["config"]["inner_steps"] == 5 and result["config"]["first_order"] == (method == "fomaml")
+    assert result["config"]["inner_steps"] == (1 if method == "metasgd" else 5)
+    assert result["config"]["first_order"] == (method == "fomaml")
+    if method == "metasgd":
+        rates = torch.cat([t.flatten() for name, t in runs.weights(tmp_path / "run").items() if name.startswith("rates.")])
+        assert 0 < (rates - 0.05).abs().max() < 0.05       # learned, each from its start at Adam's 1e-3 an update
 
 
 def test_modgrad_learns_the_synthetic_classes(tmp_path):
