@@ -94,24 +94,43 @@ ABLATIONS = {  # flag -> (what it is, its default, paper's 5-shot and 1-shot acc
     "rank": ("u, columns (Table 5)", 5, {5: {1: 68.43, 5: 69.17, 10: 67.62}, 1: {1: 53.13, 5: 53.20, 10: 52.53}}),
     "inner_steps": ("K, inner steps (Table 4)", 1, {5: dict(enumerate((69.17, 68.80, 68.42, 68.34, 68.24), 1)),
                                                     1: dict(enumerate((53.20, 52.66, 53.54, 52.87, 52.76), 1))}),
-    "gradient_noise": ("noise in the inner gradient, its standard deviation (Fig. 9)", 0.0, {}),
 }
 
 
 def ablations():
-    """One row a value of one flag, all others at their defaults; the paper's column has 84 pixels and 50,000 episodes."""
-    rows = ["| what varies | value | method | shots | ours, % | paper, % |", "| --- | --- | --- | --- | --- | --- |"]
-    found = [(folder, r, r["config"]) for folder, r in runs("ablations")]
+    """One row a value of one flag, the other at its default; the paper's columns have 84 pixels and 50,000 episodes."""
+    rows = ["| what varies | value | 5-shot: ours, % | paper, % | 1-shot: ours, % | paper, % |", "| --- | --- | --- | --- | --- | --- |"]
+    found = [(folder, r, r["config"]) for folder, r in runs("ablations")
+             if r["config"]["method"] == "modgrad" and not r["config"]["gradient_noise"]]
     for flag, (title, _, paper) in ABLATIONS.items():
         rest = [(other, default) for other, (_, default, _) in ABLATIONS.items() if other != flag]
-        group = [run for run in found if all(run[2][other] == default for other, default in rest)]
-        for folder, r, c in sorted(group, key=lambda run: (-run[2]["shots"], run[2]["method"] != "modgrad", run[2][flag])):
-            alike = [c2 for _, _, c2 in group if (c2["method"], c2["shots"]) == (c["method"], c["shots"])]
-            if len(alike) < 2:
-                continue
-            number = paper.get(c["shots"], {}).get(c[flag]) if c["method"] == "modgrad" else None
-            rows.append(f"| {title} | {c[flag]:g} | [{c['method']}](results/{folder.relative_to(HERE)}) | {c['shots']} | "
-                        f"{100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | {f'{number:.2f}' if number else '-'} |")
+        group = {(c["shots"], c[flag]): (folder, r) for folder, r, c in found if all(c[other] == default for other, default in rest)}
+        for value in sorted({value for _, value in group}):
+            cells = []
+            for shots in (5, 1):
+                ours = group.get((shots, value))
+                cells += [f"[{percent(ours[1])}](results/{ours[0].relative_to(HERE)})" if ours else "-",
+                          f"{paper[shots][value]:.2f}" if value in paper[shots] else "-"]
+            rows.append(f"| {title} | {value} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def noise():
+    """One row a method, one column a standard deviation of the noise in its inner gradient (5-shot)."""
+    found = [(folder, r, r["config"]) for folder, r in runs("ablations") if r["config"]["shots"] == 5]
+    cells = {}
+    for folder, r, c in found:
+        method = (c["method"], len(c["adapt"]), c["inner_steps"], c["inner_lr"], c["rank"])
+        cells.setdefault(method, {})[c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
+    cells = {method: row for method, row in cells.items() if len(row) > 1}
+    levels = sorted({level for row in cells.values() for level in row})
+    rows = [f"| method | inner loop | {' | '.join(f'noise {level:g}: ours, %' for level in levels)} |",
+            "| --- | --- |" + " --- |" * len(levels)]
+    for method, row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
+        name, tensors, steps, rate, _ = method
+        loop = (f"{'the last two convolutions' if tensors == 4 else 'all convolutions and the head'}, "
+                f"{steps} step{'s' * (steps > 1)}, alpha {rate:g}{' at the start' * (name == 'metasgd')}")
+        rows.append(f"| {name} | {loop} | {' | '.join(row.get(level, '-') for level in levels)} |")
     return "\n".join(rows)
 
 
@@ -341,8 +360,8 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, celeba, omniglot, rl, ratios, speed, work, scaling,
-                                                  kernels, convolutions, blocks, resources)}
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, noise, celeba, omniglot, rl, ratios, speed, work,
+                                                  scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
