@@ -159,9 +159,9 @@ def _key(name: str) -> str:
 # --- the inner loop (Algorithm 1, Eq. 9) -----------------------------------------------------------------------------
 
 def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tasks: int | None,
-          alpha: float | Tensor | Mapping[str, Tensor], generator: Generator | None = None, *, steps: int = 1, first_order: bool = False, refine: bool = False,
-          noise_std: float = 0.0, rng: torch.Generator | None = None, normalise_context: bool = False,
-          differentiable: bool = True, kernel: str = "auto") -> Tensors:
+          alpha: float | Tensor | Mapping[str, Tensor], generator: Generator | None = None, *, steps: int = 1,
+          first_order: bool = False, refine: bool = False, noise_std: float = 0.0, rng: torch.Generator | None = None,
+          normalise_context: bool = False, differentiable: bool = True, kernel: str = "auto") -> Tensors:
     """Adapt `theta` to every task of a batch at once; a pure function of its arguments.
 
     Each of the K steps: g = grad L(theta); trial = theta - alpha M(0) ⊙ g; nu = -d L(trial)/d nu;

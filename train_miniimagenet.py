@@ -659,7 +659,9 @@ def augment(x, draws, size):
     A crop has 8 to 100 % of the area and sides between 3:4 and 4:3, cut off where longer than the image; then a flip for
     every second image, and brightness, contrast and colour in this order, each between 0.6 and 1.4 times what it was.
     """
-    images, draws = x.flatten(0, 1).float(), draws.flatten(0, 1).to(x.device)
+    images, draws = x.flatten(0, 1).float(), draws.flatten(0, 1)
+    if x.is_cuda:
+        draws = draws.pin_memory().to(x.device, non_blocking=True)
     area, aspect, left, top, flip, *changes = draws.unbind(1)                               # (T N) each
     area, aspect = 0.08 + 0.92 * area, (4 / 3) ** (2 * aspect - 1)
     width, height = ((area * ratio).sqrt().clamp(max=1) for ratio in (aspect, 1 / aspect))
