@@ -40,18 +40,17 @@ def test_pretraining_is_a_whole_run(pretrained):
 
 def test_pretraining_learns_features_for_other_classes(tmp_path):
     """Nearest class means of unseen classes, well above those of an untrained network of the same flags."""
-    flags = ["--method", "pretrain", "--image-size", "32", "--channels", "32", "--batch-size", "32", "--test-episodes", "100",
-             "--val-episodes", "20", "--val-every", "200", "--threads", "1"]
-    trained = runs.result(run_script(*flags, "--updates", "200", out=tmp_path / "trained"))
+    flags = ["--method", "pretrain", "--image-size", "32", "--channels", "32", "--batch-size", "32", "--test-episodes", "60",
+             "--val-episodes", "20", "--val-every", "100", "--threads", "1"]
+    trained = runs.result(run_script(*flags, "--updates", "100", "--meta-lr", "0.03", out=tmp_path / "trained"))
     untrained = runs.result(run_script(*flags, "--updates", "1", "--meta-lr", "1e-9", out=tmp_path / "untrained"))
     assert trained["value"] - trained["ci95"] > untrained["value"] + untrained["ci95"] + 0.05
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_pretraining_resumes_to_the_same_numbers(number, tmp_path):
+def test_a_killed_pretraining_resumes_to_the_same_numbers(tmp_path):
     complete = run_script(*PRETRAIN, out=tmp_path / "complete")
     run = tmp_path / "run"
-    runs.interrupt(number, "train_miniimagenet.py", *PRETRAIN, out=run, log_lines=2)
+    runs.interrupt(signal.SIGKILL, "train_miniimagenet.py", *PRETRAIN, out=run, log_lines=2)
     run_script(*PRETRAIN, "--resume", out=run)
     assert (run / "log.jsonl").read_text() == (complete / "log.jsonl").read_text()
     expected = runs.weights(complete)
