@@ -102,10 +102,10 @@ ABLATIONS = {  # flag -> (what it is, its default, paper's 5-shot and 1-shot acc
 
 
 def ablations():
-    """One row a value of one flag, the other at its default; the paper's columns have 84 pixels and 50,000 episodes."""
+    """One row a value of one flag, all others at their defaults; the paper's columns have 84 pixels and 50,000 episodes."""
     rows = ["| what varies | value | 5-shot: ours, % | paper, % | 1-shot: ours, % | paper, % |", "| --- | --- | --- | --- | --- | --- |"]
     found = [(folder, r, r["config"]) for folder, r in runs("ablations")
-             if r["config"]["method"] == "modgrad" and not r["config"]["gradient_noise"]]
+             if r["config"]["method"] == "modgrad" and (r["config"]["gradient_noise"], r["config"]["inner_lr"]) == (0, 0.1)]
     for flag, (title, _, paper) in ABLATIONS.items():
         rest = [(other, default) for other, (_, default, _) in ABLATIONS.items() if other != flag]
         group = {(c["shots"], c[flag]): (folder, r) for folder, r, c in found if all(c[other] == default for other, default in rest)}
@@ -119,22 +119,19 @@ def ablations():
     return "\n".join(rows)
 
 
-def noise():
-    """One row a method, one column a standard deviation of the noise in its inner gradient (5-shot)."""
-    found = [(folder, r, r["config"]) for folder, r in runs("ablations") if r["config"]["shots"] == 5]
+def methods():
+    """One row a method, set of tensors and alpha, one column a standard deviation of the noise in its inner gradient (5-shot)."""
     cells = {}
-    for folder, r, c in found:
-        method = (c["method"], len(c["adapt"]), c["inner_steps"], c["inner_lr"], c["rank"])
-        cells.setdefault(method, {})[c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
-    cells = {method: row for method, row in cells.items() if len(row) > 1}
+    for folder, r in runs("ablations"):
+        c = r["config"]
+        if c["shots"] == 5 and c["inner_steps"] == 1 and c["rank"] == 5:
+            row = cells.setdefault((c["method"], len(c["adapt"]), c["inner_lr"]), {})
+            row[c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
     levels = sorted({level for row in cells.values() for level in row})
-    rows = [f"| method | inner loop | {' | '.join(f'noise {level:g}: ours, %' for level in levels)} |",
-            "| --- | --- |" + " --- |" * len(levels)]
-    for method, row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
-        name, tensors, steps, rate, _ = method
-        loop = (f"{'the last two convolutions' if tensors == 4 else 'all convolutions and the head'}, "
-                f"{steps} step{'s' * (steps > 1)}, alpha {rate:g}{' at the start' * (name == 'metasgd')}")
-        rows.append(f"| {name} | {loop} | {' | '.join(row.get(level, '-') for level in levels)} |")
+    rows = [f"| method | alpha | {' | '.join(f'noise {level:g}: ours, %' for level in levels)} |", "| --- | --- |" + " --- |" * len(levels)]
+    for (name, tensors, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
+        what = "" if tensors == 4 else f", {tensors} tensors"
+        rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in levels)} |")
     return "\n".join(rows)
 
 
@@ -364,7 +361,7 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, noise, celeba, omniglot, rl, ratios, speed, work,
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, methods, celeba, omniglot, rl, ratios, speed, work,
                                                   scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()

@@ -11,7 +11,7 @@ import train_miniimagenet as mini
 from test_train_miniimagenet import TINY, script
 
 WRN = [*TINY, "--backbone", "wrn28-10", "--channels", "4", "--meta-batch", "2", "--threads", "1"]
-PRETRAIN = [*TINY, "--method", "pretrain", "--batch-size", "16", "--updates", "24", "--augment"]
+PRETRAIN = [*TINY, "--method", "pretrain", "--batch-size", "16", "--updates", "24", "--augment", "--threads", "1"]
 PRETRAIN.remove("--episodes"), PRETRAIN.remove("24")       # the first 24
 
 
@@ -24,8 +24,7 @@ def run_script(*flags, out):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A small WRN-28 after 24 updates."""
-    return run_script(*PRETRAIN, "--backbone", "wrn28-10", "--channels", "4", "--threads", "1",
-                      out=tmp_path_factory.mktemp("home") / "wrn")
+    return run_script(*PRETRAIN, "--backbone", "wrn28-10", "--channels", "4", out=tmp_path_factory.mktemp("home") / "wrn")
 
 
 def test_pretraining_is_a_whole_run(pretrained):
