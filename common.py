@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -558,20 +559,15 @@ def progress_over(count: int, description: str) -> Iterator[int]:
 
 def describe_machine(device: torch.device) -> dict:
     """Name of the device, CPU threads, versions and the repository's commit: what a measurement needs beside it."""
-    import importlib.metadata as metadata
-    found = {name: metadata.version(name) for name in ("torch", "triton", "numpy") if _installed(name)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if importlib.util.find_spec("triton"):
+        versions["triton"] = importlib.import_module("triton").__version__
     git = lambda *command: subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
     commit = git("rev-parse", "HEAD")
     dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()) if commit.returncode == 0 else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"device_name": name, "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), **found},
+    return {"device_name": name, "threads": torch.get_num_threads(), "versions": versions,
             "commit": commit.stdout.strip() or None, "dirty": dirty}
-
-
-def _installed(name: str) -> bool:
-    import importlib.util
-    return importlib.util.find_spec(name) is not None
 
 
 def _cpu_name() -> str:

@@ -729,15 +729,15 @@ def _checked_lists(names, groups) -> list:
 def _fits(entry, first) -> bool:
     """Whether the tensors of one step fit together; `first` is the grad that sets dtype, device, T; quick."""
     *theta, grad, row, col = entry
-    T = torch.Tensor
+    T, with_theta = torch.Tensor, len(theta) > 0      # torch 2.11's compiler takes no `not` of a tuple
     if not (isinstance(first, T) and isinstance(grad, T) and isinstance(row, T) and isinstance(col, T)
-            and (not theta or isinstance(theta[0], T)) and grad.dim() == 3):
+            and (not with_theta or isinstance(theta[0], T)) and grad.dim() == 3):
         return False
     tasks, n1, n2 = shape = grad.shape
     return (row.shape == (tasks, n1) and col.shape == (tasks, n2) and grad.numel() > 0 and tasks == first.shape[0]
             and grad.dtype == row.dtype == col.dtype == first.dtype and grad.dtype in DTYPES
             and grad.device == row.device == col.device == first.device
-            and (not theta or (theta[0].shape == (n1, n2) or theta[0].shape == shape)
+            and (not with_theta or (theta[0].shape == (n1, n2) or theta[0].shape == shape)
                  and theta[0].dtype == grad.dtype and theta[0].device == grad.device))
 
 
