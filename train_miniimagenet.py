@@ -40,7 +40,7 @@ from common import (DataError, DownloadError, Training, UsageError, add_run_flag
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
                     from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
                     positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
-                    sum_over_ranks, write_result)
+                    sum_over_ranks, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LearnedRates, adapt, conv4, resnet34, wide_resnet28
 
@@ -627,9 +627,7 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
     chosen = random_order((tasks, classes), generator)[:, :ways]                            # (T, ways)
     members = random_order((tasks, ways, per_class), generator)[:, :, :shots + queries]     # (T, ways, n)
     rows = (chosen[:, :, None] * per_class + members).transpose(1, 2).reshape(tasks, -1)[share]     # (T, N)
-    if data.is_cuda:
-        rows = rows.pin_memory().to(data.device, non_blocking=True)
-    x = data.flatten(0, 1)[rows].movedim(-1, 2)                                             # (T, N, 3, S, S)
+    x = data.flatten(0, 1)[to_device(rows, data.device)].movedim(-1, 2)                     # (T, N, 3, S, S)
     y = torch.arange(ways, device=data.device).repeat(len(rows), shots + queries)           # (T, N)
     cut = ways * shots
     return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
@@ -637,7 +635,7 @@ def sample_episodes(data, tasks, ways, shots, queries, generator, share=slice(No
 
 def sample_images(data, count, generator, share=slice(None)):
     """Draw images of any class: data as in `sample_episodes` -> x uint8 (1, B, 3, S, S), classes int64 (1, B), B the share."""
-    rows = torch.randint(data.shape[0] * data.shape[1], (count,), generator=generator)[share].to(data.device)
+    rows = to_device(torch.randint(data.shape[0] * data.shape[1], (count,), generator=generator)[share], data.device)
     return data.flatten(0, 1)[rows].movedim(-1, 1).unsqueeze(0), (rows // data.shape[1]).unsqueeze(0)
 
 
@@ -659,9 +657,7 @@ def augment(x, draws, size):
     A crop has 8 to 100 % of the area and sides between 3:4 and 4:3, cut off where longer than the image; then a flip for
     every second image, and brightness, contrast and colour in this order, each between 0.6 and 1.4 times what it was.
     """
-    images, draws = x.flatten(0, 1).float(), draws.flatten(0, 1)
-    if x.is_cuda:
-        draws = draws.pin_memory().to(x.device, non_blocking=True)
+    images, draws = x.flatten(0, 1).float(), to_device(draws.flatten(0, 1), x.device)
     area, aspect, left, top, flip, *changes = draws.unbind(1)                               # (T N) each
     area, aspect = 0.08 + 0.92 * area, (4 / 3) ** (2 * aspect - 1)
     width, height = ((area * ratio).sqrt().clamp(max=1) for ratio in (aspect, 1 / aspect))
@@ -768,7 +764,7 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
     """
     theta, (tasks, support) = learner.theta, support_x.shape[:2]
     if not learner.adapted:
-        return nearest_mean(*features_of(learner, args, support_x, query_x), support_y)
+        return nearest_mean(*features_of(learner, args, support_x, query_x), support_y, args.ways)
     with torch.set_grad_enabled(train):
         features = learner.prefix(theta, support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
@@ -795,9 +791,10 @@ def features_of(learner: Learner, args: argparse.Namespace, support_x: Tensor, q
     return tuple(F.normalize(x.flatten(2).float(), dim=2) for x in features)
 
 
-def nearest_mean(support: Tensor, query: Tensor, support_y: Tensor) -> Tensor:
+def nearest_mean(support: Tensor, query: Tensor, support_y: Tensor, ways: int) -> Tensor:
     """Features (T, Ns, F), (T, Nq, F), labels (T, Ns) -> minus the distances to the means of the classes, (T, Nq, ways)."""
-    members = F.one_hot(support_y).to(support.dtype)                                # (T, Ns, ways)
+    classes = torch.arange(ways, device=support_y.device)
+    members = (support_y.unsqueeze(2) == classes).to(support.dtype)                 # (T, Ns, ways)
     means = members.mT @ support / members.sum(1).unsqueeze(2)                      # (T, ways, F)
     return -torch.cdist(query, means)
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from common import (DataError, Training, UsageError, add_run_flags, append_log, cached_array, copy_weights,
                     extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
                     non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
-                    run_main, save_atomically, setup, subfolders, write_result)
+                    run_main, save_atomically, setup, subfolders, to_device, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -355,7 +355,7 @@ def sample_episodes(classes: Tensor, tasks: int, args: argparse.Namespace, rng: 
     chosen = random_order((tasks, len(classes)), rng)[:, :args.ways]                         # (T, ways)
     members = random_order((tasks, args.ways, DRAWINGS), rng)[:, :, :each]                   # (T, ways, each)
     rows = (chosen[:, :, None] * DRAWINGS + members).transpose(1, 2).reshape(tasks, -1)      # (T, N)
-    x = classes.flatten(0, 1)[_send(rows, classes.device)].unsqueeze(2).to(activation_type(args))   # (T, N, 1, S, S)
+    x = classes.flatten(0, 1)[to_device(rows, classes.device)].unsqueeze(2).to(activation_type(args))   # (T, N, 1, S, S)
     y = torch.arange(args.ways, device=classes.device).repeat(tasks, each)                   # (T, N)
     cut = args.ways * args.shots
     return x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:]
@@ -389,7 +389,7 @@ def draw_batches(images: Tensor, alphabets: Tensor, steps: int, batch: int, rng:
     order = random_order((tasks, steps * batch), rng) % sizes                                # (T, K B)
     within = pool.gather(1, order).unflatten(1, (steps, batch)).transpose(0, 1)              # (K, T, B)
     rows, moves = alphabets[:, None] * per_alphabet + within, draw_moves(within.shape, rng)
-    return Batches(images.flatten(0, 1), *(_send(t, images.device) for t in (rows, within // each, moves)), dtype)
+    return Batches(images.flatten(0, 1), *(to_device(t, images.device) for t in (rows, within // each, moves)), dtype)
 
 
 def imbalanced_pool(tasks: int, each: int, rng: torch.Generator, most: int = 25) -> tuple[Tensor, Tensor]:
@@ -432,10 +432,6 @@ def move(images: Tensor, moves: Tensor) -> Tensor:
 
 def activation_type(args: argparse.Namespace) -> torch.dtype:
     return torch.bfloat16 if args.precision == "bf16" else torch.float32
-
-
-def _send(t: Tensor, device: torch.device) -> Tensor:
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
 # --- network ---------------------------------------------------------------------------------------------------------

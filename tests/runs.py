@@ -1,5 +1,7 @@
 """How the tests start the training scripts, stop them in the middle, and read the run folders that they leave."""
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import common
@@ -18,6 +21,17 @@ def script(name, *flags, cwd=ROOT):
     """A script as its users start it, to its end."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
                           timeout=300)
+
+
+def refusal(main, *flags):
+    """The last line of what a script's `main`, called in this process, says as it refuses its flags."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises((common.UsageError, SystemExit)) as stopped:
+        main([str(flag) for flag in flags])
+    if isinstance(stopped.value, SystemExit):                     # argparse's own, which says it on stderr
+        assert stopped.value.code == 2
+        return said.getvalue().splitlines()[-1]
+    return str(stopped.value).splitlines()[-1]
 
 
 def complete(name, *flags, home):

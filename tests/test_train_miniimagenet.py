@@ -141,11 +141,17 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
     (["--episodes", "0"], "episodes"),
     (["--image-size", "8"], "image_size"),
 ])
-def test_bad_flags_end_in_one_clear_line(flags, message, tmp_path):
+def test_bad_flags_end_in_one_clear_line(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in runs.refusal(mini.main, *TINY, *flags, "--out", "run")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("flags", [("--ways", 30), ("--episodes", 0)])
+def test_a_refusal_is_the_last_line_and_status_2(flags, tmp_path):
     done = script(*TINY, *flags, "--out", tmp_path / "run", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert flags[0][2:] in done.stderr.splitlines()[-1] and not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(complete_run):
