@@ -9,11 +9,10 @@ import torch
 
 import runs
 import train_miniimagenet as mini
-from test_train_miniimagenet import TINY, script
+from test_train_miniimagenet import SMALL, TINY, script
 
 WRN = [*TINY, "--backbone", "wrn28-10", "--channels", "4", "--meta-batch", "2", "--threads", "1"]
-PRETRAIN = [*TINY, "--method", "pretrain", "--batch-size", "16", "--updates", "24", "--augment", "--threads", "1"]
-PRETRAIN.remove("--episodes"), PRETRAIN.remove("24")       # the first 24
+PRETRAIN = [*SMALL, "--method", "pretrain", "--batch-size", "16", "--updates", "24", "--augment", "--threads", "1"]
 
 
 def run_script(*flags, out):
@@ -117,8 +116,8 @@ def test_the_nearest_mean_wins():
 ])
 def test_bad_flags_end_in_one_clear_line(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [*(TINY[:TINY.index("--episodes")] if "pretrain" in flags else TINY), *flags]
-    assert message in runs.refusal(mini.main, *flags, "--out", "run")
+    flags = [*(SMALL if "pretrain" in flags else TINY), *flags, "--out", "run"]
+    assert message in runs.refusal(mini.main, *flags)
     assert not Path("run").exists()
 
 

@@ -15,9 +15,9 @@ import runs
 import train_miniimagenet as mini
 from kernels import winograd
 
-TINY = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--episodes", "24", "--val-every", "12",
-        "--val-episodes", "6", "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
-
+SMALL = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--val-every", "12", "--val-episodes", "6",
+         "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
+TINY = [*SMALL, "--episodes", "24"]
 
 script = functools.partial(runs.script, "train_miniimagenet.py")
 
