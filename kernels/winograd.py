@@ -8,7 +8,8 @@ with their 6 x 6 inputs; in both directions that is 36 products instead of 144, 
     dL/dw = FILTER^T [sum over tiles of OUTPUT dL/dy OUTPUT^T * INPUT x INPUT^T] FILTER
 
 On CPUs with AVX2, where PyTorch's weight gradients are twice as slow as its convolutions, even transforms written in PyTorch are
-faster for large planes, if the images go one by one through the same few buffers, which then stay in cache. All tensors are channels-last, float32 (or float64, for tests).
+faster for large planes, if the images go one by one through the same few buffers, which then stay in cache. All tensors are
+channels-last, float32 (or float64, for tests).
 """
 
 import math
