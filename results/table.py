@@ -120,18 +120,19 @@ def ablations():
 
 
 def methods():
-    """One row a method, set of tensors and alpha, one column a standard deviation of the noise in its inner gradient (5-shot)."""
+    """One row a method, set of tensors and alpha, one column a number of shots and standard deviation of the gradient's noise."""
     cells = {}
     for folder, r in runs("ablations"):
         c = r["config"]
-        if c["shots"] == 5 and c["inner_steps"] == 1 and c["rank"] == 5:
+        if c["inner_steps"] == 1 and c["rank"] == 5:
             row = cells.setdefault((c["method"], len(c["adapt"]), c["inner_lr"]), {})
-            row[c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
-    levels = sorted({level for row in cells.values() for level in row})
-    rows = [f"| method | alpha | {' | '.join(f'noise {level:g}: ours, %' for level in levels)} |", "| --- | --- |" + " --- |" * len(levels)]
+            row[-c["shots"], c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
+    columns = sorted({column for row in cells.values() for column in row})
+    titles = [f"{-shots}-shot{f', noise {noise:g}' * (noise > 0)}: ours, %" for shots, noise in columns]
+    rows = [f"| method | alpha | {' | '.join(titles)} |", "| --- | --- |" + " --- |" * len(columns)]
     for (name, tensors, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
         what = "" if tensors == 4 else f", {tensors} tensors"
-        rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in levels)} |")
+        rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in columns)} |")
     return "\n".join(rows)
 
 

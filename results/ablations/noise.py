@@ -1,0 +1,84 @@
+"""Fig. 9 with the noise in the test alone: accuracy of trained runs against the noise in their inner gradient.
+
+    python results/ablations/noise.py runs/ablations/base runs/ablations/maml runs/ablations/metasgd --threads 1
+
+RUNs are run folders of train_miniimagenet.py with their checkpoint.pt; their best weights in validation are tested on the first
+`--tasks` of the test tasks. Whether the paper's noise acts in training too is not said; the runs noise*/ here had it in both.
+noise.json keeps each figure as soon as it is there; those that it has already are not measured again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import train_miniimagenet as mini  # noqa: E402
+from common import UsageError, describe_machine, mean_ci95, run_main, save_atomically  # noqa: E402
+
+
+def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.Learner]:
+    """The settings of a run and its learner with the weights that its test used. Raises UsageError."""
+    try:
+        recorded = json.loads((run / "config.json").read_text())
+        args = argparse.Namespace(**{**vars(mini.parse_flags(["--method", recorded["method"]])), **recorded})
+        checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+        learner = mini.build_learner(args, device)
+        learner.load(checkpoint["now"]["best"] or checkpoint["weights"])
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        raise UsageError(f"{run} holds no run of train_miniimagenet.py: {error}") from None
+    return args, learner
+
+
+def draw(path: Path, figures: dict) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    picture, axes = plt.subplots(figsize=(6, 4), dpi=110)
+    for run in figures["runs"].values():
+        points = sorted((float(level), cell["value"], cell["ci95"]) for level, cell in run["accuracy"].items())
+        levels, values, ci95 = zip(*points)
+        axes.errorbar(range(len(levels)), [100 * v for v in values], [100 * c for c in ci95], capsize=3,
+                      label=f"{run['method']}, alpha {run['inner_lr']:g}")
+        axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    axes.set(xlabel="standard deviation of the noise in the inner gradient, test alone", ylabel="test accuracy, %")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    picture.tight_layout()
+    save_atomically(path, lambda file: picture.savefig(file, format="png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0, 0.03, 0.1, 0.3, 1], help="standard deviations of the noise")
+    parser.add_argument("--tasks", type=int, default=400, help="test tasks")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path, default=ROOT / "data/mini-imagenet")
+    parser.add_argument("--json", type=Path, default=ROOT / "results/ablations/noise.json")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = json.loads(flags.json.read_text())["runs"] if flags.json.exists() else {}
+    figures = {"command": f"python results/ablations/noise.py {' '.join(map(str, flags.runs))}", "tasks": flags.tasks,
+               **describe_machine(device), "runs": kept}
+    for path in flags.runs:
+        args, learner = load_run(path, device)
+        images = mini.to_tensor(mini.load_split(flags.data, args.test_split, mini.stored_size(args)), device)
+        run = kept.setdefault(path.name, {"method": args.method, "inner_lr": args.inner_lr, "shots": args.shots, "accuracy": {}})
+        for level in flags.levels:
+            if (cell := run["accuracy"].get(f"{level:g}")) is None or cell["tasks"] != flags.tasks:
+                args.gradient_noise = level
+                accuracies = mini.evaluate(learner, args, images, flags.tasks, f"{path.name}, noise {level:g}")
+                value, ci95 = mean_ci95(accuracies)
+                run["accuracy"][f"{level:g}"] = {"value": value, "ci95": ci95, "tasks": flags.tasks}
+                save_atomically(flags.json, lambda file: file.write(json.dumps(figures, indent=1).encode() + b"\n"))
+                print(f"{path.name}, noise {level:g}: {100 * value:.2f} ± {100 * ci95:.2f} %", flush=True)
+    draw(flags.json.with_suffix(".png"), figures)
+
+
+if __name__ == "__main__":
+    run_main(main)
