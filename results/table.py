@@ -131,8 +131,34 @@ def methods():
     titles = [f"{-shots}-shot{f', noise {noise:g}' * (noise > 0)}: ours, %" for shots, noise in columns]
     rows = [f"| method | alpha | {' | '.join(titles)} |", "| --- | --- |" + " --- |" * len(columns)]
     for (name, tensors, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
-        what = "" if tensors == 4 else f", {tensors} tensors"
+        what = {2: ", conv4 alone", 4: ""}.get(tensors, f", {tensors} tensors")
         rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in columns)} |")
+    return "\n".join(rows)
+
+
+def noise():
+    """One row a run, one column a standard deviation of the noise in the test alone."""
+    file = json.loads((HERE / "ablations/noise.json").read_text())
+    levels = sorted({level for run in file["runs"].values() for level in run["accuracy"]}, key=float)
+    rows = [f"| run | alpha | {' | '.join(f'noise {level}: ours, %' for level in levels)} |", "| --- | --- |" + " --- |" * len(levels)]
+    for name, run in file["runs"].items():
+        cells = [percent(run["accuracy"][level]) if level in run["accuracy"] else "-" for level in levels]
+        rows.append(f"| [{run['method']}](results/ablations/{name}) | {run['inner_lr']:g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def modulation():
+    """One row a run: the M of its two weight tensors, and what it is worth to a task that it is its own."""
+    file = json.loads((HERE / "ablations/modulation.json").read_text())
+    kinds = {"rms": "root mean square", "zeros": "zeros", "spread": "spread over tasks"}
+    names = ("conv3.weight", "conv4.weight")
+    rows = [f"| run | alpha | {' | '.join(f'M of {name}: {kind}' for name in names for kind in kinds.values())} "
+            "| accuracy, % | with its own M rather than another task's, points |", "| --- | --- |" + " --- |" * (len(names) * len(kinds) + 2)]
+    for run, r in file["runs"].items():
+        cells = [f"{r['tensors'][name][kind]:.3g}" if kind == "rms" else f"{r['tensors'][name][kind]:.0%}" for name in names for kind in kinds]
+        folder = next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
+        rows.append(f"| [{run}](results/{folder}/{run}) | {r['inner_lr']:g} | {' | '.join(cells)} | {percent(r['own'])} "
+                    f"| {percent(r['own_less_other'])} |")
     return "\n".join(rows)
 
 
@@ -362,8 +388,8 @@ def resources():
 
 def fill(text):
     """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, methods, celeba, omniglot, rl, ratios, speed, work,
-                                                  scaling, kernels, convolutions, blocks, resources)}
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, methods, noise, modulation, celeba, omniglot,
+                                                  rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:

@@ -1,0 +1,90 @@
+"""The scripts beside the ablations' results: noise in the test alone, and what M becomes."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import runs
+import train_miniimagenet as mini
+from test_train_miniimagenet import TINY
+
+sys.path.insert(0, str(runs.ROOT / "results" / "ablations"))
+import modulation  # noqa: E402
+import noise  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return runs.complete("train_miniimagenet.py", *TINY, "--threads", "1", home=tmp_path_factory.mktemp("home"))[0]
+
+
+@pytest.fixture(autouse=True)
+def synthetic(monkeypatch):
+    """In place of the real images; torch's threads as they were."""
+    monkeypatch.setattr(mini, "load_split", lambda root, split, size: mini.synthetic_split(split, image_size=size))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    script.main()
+
+
+def test_noise_is_measured_once_and_kept(run, tmp_path, monkeypatch):
+    path = tmp_path / "noise.json"
+    call(monkeypatch, noise, run, "--levels", 0, 1000, "--tasks", 6, "--json", path)
+    figures = json.loads(path.read_text())["runs"][run.name]
+    assert figures["method"] == "modgrad" and set(figures["accuracy"]) == {"0", "1000"}
+    assert figures["accuracy"]["0"]["value"] == pytest.approx(runs.result(run)["value"])        # the run's own six test tasks
+    assert figures["accuracy"]["1000"]["value"] != figures["accuracy"]["0"]["value"]
+    path.with_suffix(".png").unlink()
+    monkeypatch.setattr(mini, "evaluate", lambda *arguments: pytest.fail("measured again"))
+    call(monkeypatch, noise, run, "--levels", 0, 1000, "--tasks", 6, "--json", path)
+    assert path.with_suffix(".png").exists()
+
+
+def test_the_mask_is_that_of_the_last_step(run, tmp_path, monkeypatch):
+    path = tmp_path / "modulation.json"
+    call(monkeypatch, modulation, run, "--tasks", 7, "--json", path)
+    figures = json.loads(path.read_text())["runs"][run.name]
+    tensors = figures["tensors"]
+    assert figures["own_less_other"]["value"] == pytest.approx(figures["own"]["value"] - figures["of_another_task"]["value"])
+    assert set(tensors) == {f"conv{k}.{kind}" for k in (3, 4) for kind in ("weight", "bias")}
+    args, learner = noise.load_run(run, torch.device("cpu"))
+    images = mini.to_tensor(mini.synthetic_split("test", image_size=args.image_size))
+    with torch.no_grad():      # nu = 0 gives one M for all tasks, each its own nu another
+        at_zero = learner.generator(torch.zeros(1, args.context_dim))["conv4.weight"]
+    found, accuracies = modulation.masks(learner, args, images, 7, "masks")
+    found = found["conv4.weight"]
+    assert figures["own"]["value"] == pytest.approx(sum(accuracies) / 7)
+    assert found.shape == (7, 24, 24) and (found - (at_zero[0].unsqueeze(2) * at_zero[1].unsqueeze(1)).relu()).abs().max() > 0
+    assert tensors["conv4.weight"]["rms"] == pytest.approx(found.square().mean().sqrt().item())
+    assert 0 < tensors["conv4.weight"]["spread"]
+
+
+def test_a_task_gets_the_mask_of_the_one_before_it(run, monkeypatch):
+    args, learner = noise.load_run(run, torch.device("cpu"))
+    images = mini.to_tensor(mini.synthetic_split("test", image_size=args.image_size))
+    own = modulation.masks(learner, args, images, args.eval_batch, "own")[0]["conv4.weight"]
+    taken, plain = [], sys.modules["modgrad"].modulated_step
+    monkeypatch.setattr(sys.modules["modgrad"], "modulated_step", lambda theta, grad, row, col, kernel: (
+        taken.append((row, col)), plain(theta, grad, row, col, kernel=kernel))[1])
+    modulation.with_masks_of_others(learner, args, images, args.eval_batch, "others")
+    row, col = (part[list(learner.adapted).index("conv4.weight")] for part in taken[-1])
+    torch.testing.assert_close((row.unsqueeze(2) * col.unsqueeze(1)).relu(), args.inner_lr * own.roll(1, 0))
+    with pytest.raises(noise.UsageError, match="one task alone"):
+        modulation.with_masks_of_others(learner, args, images, args.eval_batch + 1, "others")
+
+
+def test_numbers_of_a_mask():
+    described = modulation.describe(torch.tensor([[[0.0, 3.0]], [[0.0, 5.0]]]))
+    assert described == pytest.approx({"mean": 2.0, "rms": 8.5 ** 0.5, "zeros": 0.5, "spread": (1 / 8.5) ** 0.5})
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(noise.UsageError, match="holds no run"):
+        noise.load_run(tmp_path, torch.device("cpu"))
