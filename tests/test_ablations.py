@@ -85,6 +85,9 @@ def test_numbers_of_a_mask():
     assert described == pytest.approx({"mean": 2.0, "rms": 8.5 ** 0.5, "zeros": 0.5, "spread": (1 / 8.5) ** 0.5})
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
+def test_what_is_no_run_or_has_no_mask_is_refused(run, tmp_path, monkeypatch):
     with pytest.raises(noise.UsageError, match="holds no run"):
-        noise.load_run(tmp_path, torch.device("cpu"))
+        call(monkeypatch, noise, tmp_path, "--json", tmp_path / "noise.json")
+    monkeypatch.setattr(noise, "load_run", lambda path, device: (mini.parse_flags(["--method", "maml"]), None))
+    with pytest.raises(noise.UsageError, match="run of maml, which has no M"):
+        call(monkeypatch, modulation, run, "--json", tmp_path / "modulation.json")

@@ -10,6 +10,7 @@ noise.json keeps each figure as soon as it is there; those that it has already a
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,12 +34,43 @@ def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.
     return args, learner
 
 
-def draw(path: Path, figures: dict) -> None:
+def flags_of(doc: str, file: str) -> argparse.ArgumentParser:
+    """What both scripts here take; `file` is where the figures go."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--tasks", type=int, default=400, help="test tasks")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path, default=ROOT / "data/mini-imagenet")
+    parser.add_argument("--json", type=Path, default=ROOT / "results/ablations" / file)
+    return parser
+
+
+def open_runs(flags: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namespace, mini.Learner, torch.Tensor]]:
+    """Each run: its folder, settings, learner and test images."""
+    torch.set_num_threads(flags.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for path in flags.runs:
+        args, learner = load_run(path, device)
+        yield path, args, learner, mini.to_tensor(mini.load_split(flags.data, args.test_split, mini.stored_size(args)), device)
+
+
+def keep(flags: argparse.Namespace, runs: dict, command: str) -> None:
+    """Write the figures of all runs, those of earlier calls too."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = {"command": command, **describe_machine(device), "runs": runs}
+    save_atomically(flags.json, lambda file: file.write(json.dumps(figures, indent=1).encode() + b"\n"))
+
+
+def kept(flags: argparse.Namespace) -> dict:
+    return json.loads(flags.json.read_text())["runs"] if flags.json.exists() else {}
+
+
+def draw(path: Path, runs: dict) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     picture, axes = plt.subplots(figsize=(6, 4), dpi=110)
-    for run in figures["runs"].values():
+    for run in runs.values():
         points = sorted((float(level), cell["value"], cell["ci95"]) for level, cell in run["accuracy"].items())
         levels, values, ci95 = zip(*points)
         axes.errorbar(range(len(levels)), [100 * v for v in values], [100 * c for c in ci95], capsize=3,
@@ -52,32 +84,20 @@ def draw(path: Path, figures: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser = flags_of(__doc__, "noise.json")
     parser.add_argument("--levels", type=float, nargs="+", default=[0, 0.03, 0.1, 0.3, 1], help="standard deviations of the noise")
-    parser.add_argument("--tasks", type=int, default=400, help="test tasks")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data", type=Path, default=ROOT / "data/mini-imagenet")
-    parser.add_argument("--json", type=Path, default=ROOT / "results/ablations/noise.json")
     flags = parser.parse_args()
-    torch.set_num_threads(flags.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kept = json.loads(flags.json.read_text())["runs"] if flags.json.exists() else {}
-    figures = {"command": f"python results/ablations/noise.py {' '.join(map(str, flags.runs))}", "tasks": flags.tasks,
-               **describe_machine(device), "runs": kept}
-    for path in flags.runs:
-        args, learner = load_run(path, device)
-        images = mini.to_tensor(mini.load_split(flags.data, args.test_split, mini.stored_size(args)), device)
-        run = kept.setdefault(path.name, {"method": args.method, "inner_lr": args.inner_lr, "shots": args.shots, "accuracy": {}})
+    runs = kept(flags)
+    for path, args, learner, images in open_runs(flags):
+        run = runs.setdefault(path.name, {"method": args.method, "inner_lr": args.inner_lr, "shots": args.shots, "accuracy": {}})
         for level in flags.levels:
             if (cell := run["accuracy"].get(f"{level:g}")) is None or cell["tasks"] != flags.tasks:
                 args.gradient_noise = level
-                accuracies = mini.evaluate(learner, args, images, flags.tasks, f"{path.name}, noise {level:g}")
-                value, ci95 = mean_ci95(accuracies)
+                value, ci95 = mean_ci95(mini.evaluate(learner, args, images, flags.tasks, f"{path.name}, noise {level:g}"))
                 run["accuracy"][f"{level:g}"] = {"value": value, "ci95": ci95, "tasks": flags.tasks}
-                save_atomically(flags.json, lambda file: file.write(json.dumps(figures, indent=1).encode() + b"\n"))
+                keep(flags, runs, "python results/ablations/noise.py RUN...")
                 print(f"{path.name}, noise {level:g}: {100 * value:.2f} ± {100 * ci95:.2f} %", flush=True)
-    draw(flags.json.with_suffix(".png"), figures)
+    draw(flags.json.with_suffix(".png"), runs)
 
 
 if __name__ == "__main__":
