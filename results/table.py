@@ -155,7 +155,7 @@ def modulation():
     rows = [f"| run | alpha | {' | '.join(f'M of {name}: {kind}' for name in names for kind in kinds.values())} "
             "| accuracy, % | with its own M rather than another task's, points |", "| --- | --- |" + " --- |" * (len(names) * len(kinds) + 2)]
     for run, r in file["runs"].items():
-        cells = [f"{r['tensors'][name][kind]:.3g}" if kind == "rms" else f"{r['tensors'][name][kind]:.0%}" for name in names for kind in kinds]
+        cells = [f"{r['tensors'][name][kind]:{'.3g' if kind == 'rms' else '.1%'}}" for name in names for kind in kinds]
         folder = next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
         rows.append(f"| [{run}](results/{folder}/{run}) | {r['inner_lr']:g} | {' | '.join(cells)} | {percent(r['own'])} "
                     f"| {percent(r['own_less_other'])} |")
