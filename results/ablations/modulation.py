@@ -45,6 +45,7 @@ def with_masks_of_others(learner: mini.Learner, args: argparse.Namespace, images
 
 
 def describe(m: torch.Tensor) -> dict[str, float]:
+    """The four numbers of M (T, n1, n2) that the head of this file names."""
     rms = m.square().mean().sqrt()
     spread = m.var(0).mean().sqrt()
     return {"mean": m.mean().item(), "rms": rms.item(), "zeros": (m == 0).float().mean().item(), "spread": (spread / rms).item()}

@@ -18,7 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_miniimagenet as mini  # noqa: E402
-from common import UsageError, describe_machine, mean_ci95, run_main, save_atomically  # noqa: E402
+from common import (UsageError, describe_machine, mean_ci95, non_negative_float, positive_int, run_main,  # noqa: E402
+                    save_atomically)
 
 
 def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.Learner]:
@@ -38,8 +39,8 @@ def flags_of(doc: str, file: str) -> argparse.ArgumentParser:
     """What both scripts here take; `file` is where the figures go."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--tasks", type=int, default=400, help="test tasks")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tasks", type=positive_int, default=400, help="test tasks")
+    parser.add_argument("--threads", type=positive_int, default=1)
     parser.add_argument("--data", type=Path, default=ROOT / "data/mini-imagenet")
     parser.add_argument("--json", type=Path, default=ROOT / "results/ablations" / file)
     return parser
@@ -85,7 +86,8 @@ def draw(path: Path, runs: dict) -> None:
 
 def main() -> None:
     parser = flags_of(__doc__, "noise.json")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0, 0.03, 0.1, 0.3, 1], help="standard deviations of the noise")
+    parser.add_argument("--levels", type=non_negative_float, nargs="+", default=[0, 0.03, 0.1, 0.3, 1],
+                        help="standard deviations of the noise")
     flags = parser.parse_args()
     runs = kept(flags)
     for path, args, learner, images in open_runs(flags):
