@@ -153,9 +153,12 @@ def modulation():
     kinds = {"rms": "root mean square", "zeros": "zeros", "spread": "spread over tasks"}
     names = ("conv3.weight", "conv4.weight")
     rows = [f"| run | alpha | {' | '.join(f'M of {name}: {kind}' for name in names for kind in kinds.values())} "
-            "| accuracy, % | with its own M rather than another task's, points |", "| --- | --- |" + " --- |" * (len(names) * len(kinds) + 2)]
+            "| cosine of two tasks' nu | with an untrained Psi | spread of its length | accuracy, % "
+            "| with its own M rather than another task's, points |",
+            "| --- | --- |" + " --- |" * (len(names) * len(kinds) + 5)]
     for run, r in file["runs"].items():
         cells = [f"{r['tensors'][name][kind]:{'.3g' if kind == 'rms' else '.1%'}}" for name in names for kind in kinds]
+        cells += [f"{r['context']['cosine']:.4f}", f"{r['context_of_untrained_psi']['cosine']:.2f}", f"{r['context']['spread']:.1%}"]
         folder = next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
         rows.append(f"| [{run}](results/{folder}/{run}) | {r['inner_lr']:g} | {' | '.join(cells)} | {percent(r['own'])} "
                     f"| {percent(r['own_less_other'])} |")

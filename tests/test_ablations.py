@@ -58,8 +58,18 @@ def test_the_mask_is_that_of_the_last_step(run, tmp_path, monkeypatch):
     images = mini.to_tensor(mini.synthetic_split("test", image_size=args.image_size))
     with torch.no_grad():      # nu = 0 gives one M for all tasks, each its own nu another
         at_zero = learner.generator(torch.zeros(1, args.context_dim))["conv4.weight"]
-    found, accuracies = modulation.masks(learner, args, images, 7, "masks")
+    found, nu, accuracies = modulation.masks(learner, args, images, 7, "masks")
     found = found["conv4.weight"]
+    with torch.no_grad():
+        row, col = learner.generator(nu)["conv4.weight"]
+    torch.testing.assert_close(found, (row.unsqueeze(2) * col.unsqueeze(1)).relu())
+    assert figures["context"] == pytest.approx(modulation.describe_context(nu))
+    untrained = modulation.with_untrained_psi(learner, args)
+    assert untrained.theta is learner.theta
+    assert figures["context_of_untrained_psi"] == pytest.approx(
+        modulation.describe_context(modulation.masks(untrained, args, images, 7, "untrained")[1]))
+    with torch.no_grad():                                                                       # M = 1 before training
+        torch.testing.assert_close(untrained.generator(torch.zeros_like(nu))["conv4.weight"][0], torch.ones(7, 24))
     assert figures["own"]["value"] == pytest.approx(sum(accuracies) / 7)
     assert found.shape == (7, 24, 24) and (found - (at_zero[0].unsqueeze(2) * at_zero[1].unsqueeze(1)).relu()).abs().max() > 0
     assert tensors["conv4.weight"]["rms"] == pytest.approx(found.square().mean().sqrt().item())
@@ -83,6 +93,15 @@ def test_a_task_gets_the_mask_of_the_one_before_it(run, monkeypatch):
 def test_numbers_of_a_mask():
     described = modulation.describe(torch.tensor([[[0.0, 3.0]], [[0.0, 5.0]]]))
     assert described == pytest.approx({"mean": 2.0, "rms": 8.5 ** 0.5, "zeros": 0.5, "spread": (1 / 8.5) ** 0.5})
+
+
+def test_numbers_of_a_context():
+    nu = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
+    cosine = torch.nn.functional.cosine_similarity
+    pairs = [cosine(nu[i], nu[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
+    length = nu.norm(dim=1)
+    described = modulation.describe_context(nu)
+    assert described == pytest.approx({"cosine": sum(pairs) / 3, "spread": (length.std() / length.mean()).item()})
 
 
 def test_what_is_no_run_or_has_no_mask_is_refused(run, tmp_path, monkeypatch):
