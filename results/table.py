@@ -51,7 +51,7 @@ def glance():
             and not run[0].name.startswith("candidate")]
     best = [run for run in form if run[1]["meta_steps"] == max(r["meta_steps"] for _, r, _ in form)]
     rows.append(f"| Omniglot, multi-shot (Fig. 5): accuracy, % | {OMNIGLOT['modgrad']} | "
-                f"{', '.join(link(f, percent(r)) for f, r, _ in best)} | {best[0][1]['meta_steps']} meta-steps of "
+                f"{', '.join(link(f, percent(r)) for f, r, _ in best)} | {best[0][1]['meta_steps']:,} meta-steps of "
                 f"{best[0][2]['meta_batch']} tasks, {hours(sum(r['train_seconds'] for _, r, _ in best) / len(best))} |")
     for env, what in (("nav", "navigation"), ("cheetah-dir", "half-cheetah, direction"), ("cheetah-vel", "half-cheetah, velocity")):
         seeds = [run for run in ours("rl") if run[2]["env"] == env and run[2]["adapt"] == ["context"]]
@@ -153,12 +153,13 @@ def modulation():
     kinds = {"rms": "root mean square", "zeros": "zeros", "spread": "spread over tasks"}
     names = ("conv3.weight", "conv4.weight")
     rows = [f"| run | alpha | {' | '.join(f'M of {name}: {kind}' for name in names for kind in kinds.values())} "
-            "| cosine of two tasks' nu | with an untrained Psi | spread of its length | accuracy, % "
+            "| nu: length, before Psi's training | spread over tasks | cosine of two tasks', before Psi's training | accuracy, % "
             "| with its own M rather than another task's, points |",
             "| --- | --- |" + " --- |" * (len(names) * len(kinds) + 5)]
     for run, r in file["runs"].items():
         cells = [f"{r['tensors'][name][kind]:{'.3g' if kind == 'rms' else '.1%'}}" for name in names for kind in kinds]
-        cells += [f"{r['context']['cosine']:.4f}", f"{r['context_of_untrained_psi']['cosine']:.2f}", f"{r['context']['spread']:.1%}"]
+        nu, before = r["context"], r["context_of_untrained_psi"]
+        cells += [f"{nu['length']:.2g}, {before['length']:.2g}", f"{nu['spread']:.1%}", f"{nu['cosine']:.4f}, {before['cosine']:.2f}"]
         folder = next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
         rows.append(f"| [{run}](results/{folder}/{run}) | {r['inner_lr']:g} | {' | '.join(cells)} | {percent(r['own'])} "
                     f"| {percent(r['own_less_other'])} |")

@@ -101,7 +101,8 @@ def test_numbers_of_a_context():
     pairs = [cosine(nu[i], nu[j], dim=0).item() for i, j in ((0, 1), (0, 2), (1, 2))]
     length = nu.norm(dim=1)
     described = modulation.describe_context(nu)
-    assert described == pytest.approx({"cosine": sum(pairs) / 3, "spread": (length.std() / length.mean()).item()})
+    assert described == pytest.approx({"cosine": sum(pairs) / 3, "length": length.mean().item(),
+                                       "spread": (length.std() / length.mean()).item()})
 
 
 def test_what_is_no_run_or_has_no_mask_is_refused(run, tmp_path, monkeypatch):

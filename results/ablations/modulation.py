@@ -5,8 +5,8 @@
 RUNs are run folders of train_miniimagenet.py with their checkpoint.pt. For each adapted tensor, over its entries and the tasks,
 of the M that multiplies the last step's gradient: mean, root mean square, share of zeros; and its spread over tasks, the root
 mean square over entries of the standard deviation over tasks, as a share of the root mean square. Of the nu that M comes from:
-the mean cosine between those of two tasks, and the standard deviation of its length, as a share of the mean; the same for an
-untrained Psi beside the trained theta. Then the accuracy with each task's own M and with that of another task. M and nu are those
+its mean length, the standard deviation of the length over tasks, as a share of the mean, and the mean cosine between the nu of
+two tasks; the same for an untrained Psi beside the trained theta. Then the accuracy with each task's own M and with that of another task. M and nu are those
 of the first 100 tasks. modulation.json keeps the figures of other runs.
 """
 
@@ -54,10 +54,11 @@ def describe(m: torch.Tensor) -> dict[str, float]:
 
 
 def describe_context(nu: torch.Tensor) -> dict[str, float]:
-    """The two numbers of nu (T, D) that the head of this file names."""
+    """The three numbers of nu (T, D) that the head of this file names."""
     length = nu.norm(dim=1)
     total, tasks = (nu / length[:, None]).sum(0), len(nu)
-    return {"cosine": ((total @ total - tasks) / (tasks * (tasks - 1))).item(), "spread": (length.std() / length.mean()).item()}
+    return {"length": length.mean().item(), "spread": (length.std() / length.mean()).item(),
+            "cosine": ((total @ total - tasks) / (tasks * (tasks - 1))).item()}
 
 
 def with_untrained_psi(learner: mini.Learner, args: argparse.Namespace) -> mini.Learner:
