@@ -120,18 +120,19 @@ def ablations():
 
 
 def methods():
-    """One row a method, set of tensors and alpha, one column a number of shots and standard deviation of the gradient's noise."""
+    """One row a method, set of layers and alpha, one column a number of shots and standard deviation of the gradient's noise."""
     cells = {}
     for folder, r in runs("ablations"):
         c = r["config"]
         if c["inner_steps"] == 1 and c["rank"] == 5:
-            row = cells.setdefault((c["method"], len(c["adapt"]), c["inner_lr"]), {})
+            layers = tuple(sorted({name.split(".")[0] for name in c["adapt"]}))
+            row = cells.setdefault((c["method"], layers, c["inner_lr"]), {})
             row[-c["shots"], c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
     columns = sorted({column for row in cells.values() for column in row})
     titles = [f"{-shots}-shot{f', noise {noise:g}' * (noise > 0)}: ours, %" for shots, noise in columns]
     rows = [f"| method | alpha | {' | '.join(titles)} |", "| --- | --- |" + " --- |" * len(columns)]
-    for (name, tensors, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
-        what = {2: ", conv4 alone", 4: ""}.get(tensors, f", {tensors} tensors")
+    for (name, layers, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
+        what = "" if layers == ("conv3", "conv4") else f", {' and '.join(layers)} alone"
         rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in columns)} |")
     return "\n".join(rows)
 
