@@ -1,0 +1,45 @@
+"""Draw validation accuracy against training episodes: python results/miniimagenet/figure.py.
+
+Of the 84-pixel runs with 200 validation tasks, the same for all; the band is a 95 % interval over tasks. Dotted: the paper's
+test accuracies after 50,000 episodes.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+RUNS = {"84px-modgrad-50k": ("ModGrad, conv3 and conv4, alpha 0.1", "tab:red"),
+        "84px-maml-conv4-alpha3": ("MAML, conv4 alone, alpha 3", "tab:blue")}
+PAPER = {"ModGrad": (69.17, "tab:red"), "MAML": (64.59, "tab:blue")}
+
+
+def validations(run: Path) -> list[tuple[float, float, float]]:
+    """(episodes, accuracy and half of its interval in %) of each validation."""
+    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [(row["episode"], 100 * row["val_accuracy"], 100 * row["val_ci95"]) for row in rows if "val_accuracy" in row]
+
+
+def main() -> None:
+    picture, axes = plt.subplots(figsize=(7, 4), dpi=110)
+    for name, (label, colour) in RUNS.items():
+        episodes, accuracy, half = zip(*validations(HERE / name))
+        axes.plot(episodes, accuracy, ".-", color=colour, label=label)
+        axes.fill_between(episodes, [a - h for a, h in zip(accuracy, half)], [a + h for a, h in zip(accuracy, half)],
+                          color=colour, alpha=0.15, linewidth=0)
+    for name, (accuracy, colour) in PAPER.items():
+        axes.axhline(accuracy, color=colour, linestyle=":", label=f"paper, {name}: test after 50,000 episodes")
+    axes.set(xlabel="training episodes", ylabel="accuracy on 200 validation tasks, %",
+             title="mini-ImageNet, 5-way 5-shot, Conv-4, 84 pixels")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=9)
+    picture.tight_layout()
+    picture.savefig(HERE / "84px.png")
+
+
+if __name__ == "__main__":
+    main()
