@@ -1,6 +1,7 @@
 """The scripts beside the ablations' results: noise in the test alone, and what M becomes."""
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -111,3 +112,12 @@ def test_what_is_no_run_or_has_no_mask_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "load_run", lambda path, device: (mini.parse_flags(["--method", "maml"]), None))
     with pytest.raises(noise.UsageError, match="run of maml, which has no M"):
         call(monkeypatch, modulation, run, "--json", tmp_path / "modulation.json")
+
+
+def test_the_figure_of_full_size_shows_what_the_results_say():
+    folder = runs.ROOT / "results" / "miniimagenet"
+    figure = runpy.run_path(str(folder / "figure.py"))
+    for name in figure["RUNS"]:
+        result = json.loads((folder / name / "result.json").read_text())
+        episodes, accuracy, _ = max(figure["validations"](folder / name), key=lambda row: row[1])
+        assert (episodes, accuracy) == (result["best_episode"], pytest.approx(100 * result["best_val_accuracy"]))

@@ -6,8 +6,8 @@ RUNs are run folders of train_miniimagenet.py with their checkpoint.pt. For each
 of the M that multiplies the last step's gradient: mean, root mean square, share of zeros; and its spread over tasks, the root
 mean square over entries of the standard deviation over tasks, as a share of the root mean square. Of the nu that M comes from:
 its mean length, the standard deviation of the length over tasks, as a share of the mean, and the mean cosine between the nu of
-two tasks; the same for an untrained Psi beside the trained theta. Then the accuracy with each task's own M and with that of another task. M and nu are those
-of the first 100 tasks. modulation.json keeps the figures of other runs.
+two tasks; the same for an untrained Psi beside the trained theta. Then the accuracy with each task's own M and with that of
+another task. M and nu are those of the first 100 tasks. modulation.json keeps the figures of other runs.
 """
 
 import argparse
