@@ -1,16 +1,17 @@
-"""Write the tables of README.md and results/README.md from the result files: python results/table.py [--check]
+"""Write the tables of the documents from the result files: python results/table.py [--check]
 
 Every `result.json` below results/ is one run. A block between `<!-- table NAME -->` and `<!-- end -->` is replaced by the table of
-that name. `--check` changes nothing and fails if one of the two files is out of date.
+that name. `--check` changes nothing and fails if a document is out of date.
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = HERE.parent / "README.md", HERE / "README.md"
+DOCUMENTS = HERE.parent / "README.md", HERE / "README.md", HERE / "miniimagenet/README.md"
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
     ("modgrad", "conv4", 1): "53.20 ± 0.86", ("modgrad", "conv4", 5): "69.17 ± 0.69",
     ("maml", "conv4", 1): "47.89 ± 1.20", ("maml", "conv4", 5): "64.59 ± 0.88",
@@ -34,9 +35,11 @@ def glance():
     ours = lambda folder: [(f, r, r["config"]) for f, r in runs(folder) if r["config"]["method"] == "modgrad"]
 
     size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84)]
-    folder, r, c = max((run for run in size if run[1]["split"] == "test"), key=lambda run: run[1]["episodes"])
-    rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', c['shots']]} | "
-                f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {hours(r['train_seconds'])} |")
+    tested = [run for run in size if run[1]["split"] == "test"]
+    for shots in sorted({c["shots"] for _, _, c in tested}, reverse=True):
+        folder, r, c = max((run for run in tested if run[2]["shots"] == shots), key=lambda run: run[1]["episodes"])
+        rows.append(f"| mini-ImageNet, 5-way {shots}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', shots]} | "
+                    f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {hours(r['train_seconds'])} |")
     folder, r, c = max((run for run in ours("miniimagenet") if run[2]["backbone"] == "wrn28-10"), key=lambda run: run[1]["episodes"])
     rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, WRN-28-10: accuracy, % | {PAPER['modgrad', 'wrn28-10', c['shots']]} | "
                 f"{link(folder, percent(r))} | {160 // c['channels']} times narrower, {c['image_size']} pixels; pretrained, then "
@@ -119,12 +122,20 @@ def ablations():
     return "\n".join(rows)
 
 
+def shots():
+    """One row a number of shots: ModGrad with all other flags at their defaults."""
+    found = {r["config"]["shots"]: (folder, r) for folder, r in runs("ablations") if r["config"]["method"] == "modgrad"
+             and tuple(r["config"][flag] for flag in ("inner_steps", "rank", "gradient_noise", "inner_lr")) == (1, 5, 0, 0.1)}
+    return "\n".join(["| shots | ModGrad, one step: ours, % |", "| --- | --- |"]
+                     + [f"| {n} | [{percent(r)}](results/{folder.relative_to(HERE)}) |" for n, (folder, r) in sorted(found.items())])
+
+
 def methods():
     """One row a method, set of layers and alpha, one column a number of shots and standard deviation of the gradient's noise."""
     cells = {}
     for folder, r in runs("ablations"):
         c = r["config"]
-        if c["inner_steps"] == 1 and c["rank"] == 5:
+        if c["inner_steps"] == 1 and c["rank"] == 5 and c["shots"] <= 5:
             layers = tuple(sorted({name.split(".")[0] for name in c["adapt"]}))
             row = cells.setdefault((c["method"], layers, c["inner_lr"]), {})
             row[-c["shots"], c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
@@ -391,14 +402,15 @@ def resources():
     return "\n".join(rows)
 
 
-def fill(text):
-    """Replace every table block; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, methods, noise, modulation, celeba, omniglot,
+def fill(text, folder):
+    """Replace every table block of a document in `folder`; an unknown name is an error."""
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, methods, noise, modulation, celeba, omniglot,
                                                   rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
             raise ValueError(f"table {match[2]} has no rows: are its result files there?")
+        rows = re.sub(r"\]\((results/[^)]*)", lambda link: "](" + os.path.relpath(HERE.parent / link[1], folder), rows)
         return f"{match[1]}{rows}\n{match[3]}"
 
     return re.sub(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", table, text, flags=re.S)
@@ -408,10 +420,8 @@ def main():
     stale = []
     for path in DOCUMENTS:
         before = path.read_text(encoding="utf-8")
-        after = fill(before)
-        if path.parent == HERE:
-            after = after.replace("](results/", "](")                                   # links are relative to the file
-        stale += [path.name if path.parent != HERE else "results/README.md"] * (after != before)
+        after = fill(before, path.parent)
+        stale += [str(path.relative_to(HERE.parent))] * (after != before)
         if "--check" not in sys.argv[1:]:
             path.write_text(after, encoding="utf-8")
     if "--check" in sys.argv[1:] and stale:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,3 +22,24 @@ def test_the_example_for_an_own_network_runs():
 def test_the_tables_are_those_of_the_result_files():
     done = subprocess.run([sys.executable, str(ROOT / "results" / "table.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "results").rglob("README.md"))]
+
+
+def headings(document):
+    """The anchors that GitHub makes of a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    broken = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        if "://" not in link and not (target.exists() and (not anchor or anchor in headings(target))):
+            broken.append(link)
+    assert links and not broken
