@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry
 
 import common
 import train_miniimagenet as mini
-from common import describe_machine, positive_int, run_main, save_atomically, setup
+from common import HelpFormatter, describe_machine, positive_int, run_main, save_atomically, setup
 from tests import naive
 
 WARM_UP = 2         # after the comparison of gradients: the first steps of a process wait for memory from the system
@@ -51,7 +51,7 @@ BF16_EXCESS = 1.5   # ours in bfloat16 may be this much further from float32 tha
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--methods", nargs="*", choices=("modgrad", "maml"), default=["modgrad", "maml"],
                         help="whose meta-steps are timed beside others'; none: only memory and --scaling")
     parser.add_argument("--maml-steps", type=positive_int, nargs="+", default=[1, 5], help="inner steps of MAML")
@@ -360,7 +360,7 @@ def measure_scaling(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
               "shots": {n: (1, ["--shots", str(n)]) for n in (1, 5, 20)},
               "inner steps": {n: (1, ["--inner-steps", str(n)]) for n in (1, 2, 3, 5)},
               "modulated convolutions (the last n)": {n: (1, last(n)) for n in (1, 2, 3, 4)},
-              "rank u": {n: (1, ["--rank", str(n)]) for n in (1, 5, 10)}}
+              "columns u": {n: (1, ["--rank", str(n)]) for n in (1, 5, 10)}}
     results = {}
     for what, values in points.items():
         for value, (tasks, more) in values.items():

@@ -94,8 +94,16 @@ positive_float = _number(float, "a number above 0", lambda v: v > 0)
 non_negative_float = _number(float, "a number of at least 0", lambda v: v >= 0)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that every script has: where the run is kept, its seed, its device and its limits."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that adds the default of each flag whose text does not speak of one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        known = action.default is None or isinstance(action.default, bool) or action.default is argparse.SUPPRESS
+        return action.help if known or "(default" in (action.help or "") else f"{action.help or ''} (default: %(default)s)".lstrip()
+
+
+def add_run_flags(parser: argparse.ArgumentParser, bf16: bool = False) -> None:
+    """Add the flags that every script has: where the run is kept, its seed, its device and its limits; `bf16`: whether it can."""
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="run folder (default: below runs/, named after the settings)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
@@ -103,9 +111,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:N")
     run.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     run.add_argument("--max-minutes", type=positive_float, help="stop training after this time, then test as usual")
-    run.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                     help="convolutions: fp32; tf32 (CUDA, 10-bit mantissa); bf16 activations of convolutional networks "
-                          "(fast on CUDA and on CPUs with AVX512-BF16 or AMX). Weights and updates stay float32")
+    text = "fp32, or tf32 for matrix products and convolutions (CUDA, 10-bit mantissa)"
+    if bf16:
+        text += ("; bf16 activations of convolutional networks (fast on CUDA and on CPUs with AVX512-BF16 or AMX). Weights and "
+                 "updates stay float32")
+    run.add_argument("--precision", choices=("fp32", "tf32", "bf16")[: 2 + bf16], default="fp32", help=text)
 
 
 def fill_in(args: argparse.Namespace, defaults: dict) -> None:

@@ -1,6 +1,6 @@
 """ModGrad: gradient modulation for meta-learning (Simon, Koniusz, Nock, Harandi, ECCV 2020).
 
-The inner step is   theta' = theta - alpha * M_tau ⊙ grad L_support(theta),   M_tau = relu(a b^T)   (Eqs. 5-8),
+The inner step is   theta' = theta - alpha * M_tau ⊙ grad L_support(theta),   M_tau = relu(row col^T)   (Eqs. 5-8),
 and the task speaks to M through a context vector nu, minus the gradient of the loss after a trial step (Eq. 9).
 
     paper       here             flag             where            shape
@@ -13,8 +13,8 @@ and the task speaks to M through a context vector nu, minus the gradient of the 
     a           weights          -                Eq. 7            softmax over u, (T, u)
     h_1 a_1     row              -                Eq. 8            (T, n1)
     h_2 a_2     col              -                Eq. 8            (T, n2)
-    M           in kernels/      --factors        Eq. 8 + ReLU     relu(row ⊗ col), (T, n1, n2), never stored
-    alpha       alpha            --inner-lr       Eq. 5            scalar >= 0
+    M           in kernels/      --factors        Eq. 8 + ReLU     relu(row ⊗ col), (T, n1, n2)
+    alpha       alpha            --inner-lr       Eq. 5            scalar
     K           steps            --inner-steps    Algorithm 1      number of inner steps
     eta         noise_std        --gradient-noise Section 5.4      standard deviation of the noise on the raw gradient
 
@@ -172,13 +172,13 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         theta: {name: (*shape)}, the tensors to adapt, the same start for all tasks; where `tasks` is None
             {name: (T, *shape)}, a start for each.
         tasks: T, or None.
-        alpha: inner learning rate, >= 0; a tensor receives its meta-gradient. Without a generator also {name: tensor} with a
-            rate for every number, as in Meta-SGD (`LearnedRates`).
+        alpha: inner learning rate, a number >= 0, or a tensor (one number of any sign), which receives its meta-gradient.
+            Without a generator also {name: tensor} with a rate for every number, as in Meta-SGD (`LearnedRates`).
         generator: Psi, or None for MAML.
         steps: K.
         first_order: treat g and nu as constants in the outer derivative.
-        refine: the authors' released code for K > 1: g once at theta^0, 2K passes that only refine nu, each from
-            theta^0. Equal to Algorithm 1 at K = 1.
+        refine: the authors' released code for K > 1: g once at theta^0 and 2K passes from there, of which 2K - 1 refine nu and
+            the last takes the step. Equal to Algorithm 1 at K = 1.
         noise_std: eta, standard deviation of the Gaussian noise added to g, drawn once per step (Section 5.4).
         rng: source of that noise, on theta's device.
         normalise_context: divide each task's nu by its root mean square, so that what the generator reads does not depend
@@ -238,7 +238,7 @@ def _context(trial_loss: Callable[[Tensor], Tensor], nu: Tensor, graph: bool, no
 
 
 def _refined(loss_fn, start, gradient, generator, alpha, steps, graph, kernel, normalise) -> Tensors:
-    """The released code's K > 1: 2K passes from the same weights and gradient; each pass replaces nu."""
+    """The released code's K > 1: 2K passes from the same weights and gradient; all but the last replace nu."""
     step = lambda nu: _modulated(start, gradient, generator(nu), alpha, kernel)
     nu = _no_context(generator, next(iter(gradient.values())))
     for _ in range(2 * steps - 1):
@@ -247,13 +247,20 @@ def _refined(loss_fn, start, gradient, generator, alpha, steps, graph, kernel, n
 
 
 def _modulated(current, gradient, factors, alpha, kernel) -> Tensors:
-    """{name: theta - alpha relu(row ⊗ col) ⊙ g} for all tensors in one call; relu lets alpha >= 0 ride on the row."""
-    names = list(current)
+    """{name: theta - alpha relu(row ⊗ col) ⊙ g} for all tensors in one call.
+
+    relu lets a number alpha >= 0 ride on the row. A learned one, which may reach 0, where relu passes no gradient, is on g.
+    """
+    names, on_row = list(current), 1.0
+    if isinstance(alpha, Tensor):
+        gradient = {name: alpha * g for name, g in gradient.items()}
+    else:
+        on_row = alpha
     rows, cols = zip(*(factors[name] for name in names))
     as_matrix = lambda t, name: t.reshape(len(t), rows[names.index(name)].shape[1], -1)      # (T, n1, n2)
     stepped = modulated_step([as_matrix(current[name], name) for name in names],
                              [as_matrix(gradient[name], name) for name in names],
-                             [alpha * row for row in rows], list(cols), kernel=kernel)
+                             [on_row * row for row in rows], list(cols), kernel=kernel)
     return {name: t.reshape(current[name].shape) for name, t in zip(names, stepped)}
 
 
@@ -481,7 +488,8 @@ def from_module(module: nn.Module) -> tuple[Tensors, Chain]:
 
     The module must map one task's batch (N, ...) to (N, ...). An `nn.Sequential` is cut at its children, so that
     what lies before the first adapted layer is computed once. Batch normalisation uses the statistics of each task's
-    batch, never running ones. Tasks are batched by torch.func.vmap.
+    batch, never running ones. Tasks are batched by torch.func.vmap. Buffers and the training mode are those at the time of the
+    call: of a module with dropout call `.eval()` before, for an adaptation without it.
     """
     theta = dict(module.named_parameters())
     if not theta:

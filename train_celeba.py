@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, Training, UsageError, add_run_flags, append_log, cached_array, check_finite,
+from common import (DataError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array, check_finite,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
                     non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
                     save_atomically, setup, write_result)
@@ -58,7 +58,7 @@ SMOKE = {"iterations": 40, "val_every": 20, "val_images": 20, "test_images": 50,
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     task = parser.add_argument_group("task")
     task.add_argument("--data", help="folder with CelebA (default: data/celeba if it is there, else SYNTHETIC faces)")
     task.add_argument("--download", action="store_true", help="fetch the aligned images into --data first (1.4 GB)")
@@ -67,7 +67,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                       help="which pixels are given: k of the 1,024 at random, or the first k in row-major order")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad")
+    method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad", help="the meta-learner; cnp has no inner loop")
     method.add_argument("--width", type=positive_int, default=128, help="units per hidden layer (paper: 128)")
     method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad 1, maml and cavia 5)")
     method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 10, maml 0.1, cavia 1)")
@@ -82,7 +82,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="M at the start of training: 1 (MAML), or PyTorch's default layers (M near 0)")
     method.add_argument("--first-order", action="store_true", help="no second derivatives")
     method.add_argument("--refine", action="store_true",
-                        help="the authors' released code for K > 1: 2K passes refine nu, always from theta^0")
+                        help="the authors' released code for K > 1: 2K passes from theta^0, all but the last refine nu")
     method.add_argument("--normalise-context", action="store_true",
                         help="divide nu by its root mean square, a departure from Eq. 9: psi then learns from the start")
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, DownloadError, Training, UsageError, add_run_flags, append_log, cached_array,
+from common import (DataError, DownloadError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
                     from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
                     positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
@@ -78,7 +78,7 @@ BACKBONES = {
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     task = parser.add_argument_group("task")
     task.add_argument("--data", help="folder with mini-ImageNet (default: data/mini-imagenet if it is there, else an "
                                      "embedded SYNTHETIC set)")
@@ -94,7 +94,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad",
                         help="metasgd: MAML with a learned rate for every adapted number; pretrain: classify "
                         "all training classes, as a start for the others")
-    method.add_argument("--backbone", choices=tuple(BACKBONES), default="conv4")
+    method.add_argument("--backbone", choices=tuple(BACKBONES), default="conv4", help="the network")
     method.add_argument("--channels", type=positive_int, help="filters of each Conv-4 layer, or of a residual network's first "
                         "group (default: conv4 and resnet34 64, wrn28-10 160)")
     method.add_argument("--start-from", metavar="RUN", help="start theta from this run's best weights, all but a head that "
@@ -105,7 +105,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         "start (0.05, the middle of its authors' range)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
                         "modgrad the last two convolutions, maml Conv-4's convolutions and head, or all of the others)")
-    method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5)")
+    method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5); before its ReLU M has rank 1 "
+                        "whatever u is")
     method.add_argument("--context-dim", type=positive_int, default=300, help="D, length of nu (paper: 300)")
     method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
     method.add_argument("--factors", choices=("flat", "natural"), default="flat",
@@ -114,7 +115,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="M at the start of training: 1 (MAML), or PyTorch's default layers (M about 2e-4)")
     method.add_argument("--first-order", action="store_true", help="no second derivatives (fomaml implies it)")
     method.add_argument("--refine", action="store_true",
-                        help="the authors' released code for K > 1: 2K passes refine nu, always from theta^0")
+                        help="the authors' released code for K > 1: 2K passes from theta^0, all but the last refine nu")
     method.add_argument("--normalise-context", action="store_true",
                         help="divide nu by its root mean square, a departure from Eq. 9: psi then learns from the start")
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
@@ -146,7 +147,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--test-split", choices=("test", "val"), default="test", help="classes of the final evaluation")
     test.add_argument("--eval-batch", type=positive_int, default=5, help="tasks evaluated at once")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
-    add_run_flags(parser)
+    add_run_flags(parser, bf16=True)
     return complete(parser.parse_args(argv))
 
 

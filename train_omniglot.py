@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, Training, UsageError, add_run_flags, append_log, cached_array, copy_weights,
+from common import (DataError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array, copy_weights,
                     extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
                     non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
                     run_main, save_atomically, setup, subfolders, to_device, write_result)
@@ -68,11 +68,12 @@ SMOKE = {"meta_steps": 6, "val_every": 3, "val_episodes": 8, "test_episodes": 16
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     task = parser.add_argument_group("task")
     task.add_argument("--data", help="folder with Omniglot (default: data/omniglot if there, else SYNTHETIC data)")
     task.add_argument("--download", action="store_true", help="fetch Omniglot into --data first (16 MB)")
-    task.add_argument("--protocol", choices=tuple(PROTOCOLS), default="multi-shot")
+    task.add_argument("--protocol", choices=tuple(PROTOCOLS), default="multi-shot",
+                      help="multi-shot: an alphabet is a task (Fig. 5); few-shot: the usual 5-way or 20-way one")
     task.add_argument("--train-alphabets", type=positive_int, default=25, help="multi-shot: N, to train (paper: 25)")
     task.add_argument("--batch", type=positive_int, default=20, help="multi-shot: images of a mini-batch (LEAP: 20)")
     task.add_argument("--imbalanced", action="store_true",
@@ -83,7 +84,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--queries", type=positive_int, default=15, help="few-shot: query images per class")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=METHODS, default="modgrad")
+    method.add_argument("--method", choices=METHODS, default="modgrad",
+                        help="the meta-learner; leap and reptile are for multi-shot")
     method.add_argument("--channels", type=positive_int, default=64, help="filters per convolution (LEAP, paper: 64)")
     method.add_argument("--inner-steps", type=positive_int, help="K while meta-training (default: multi-shot 100, its "
                         "maml 5; few-shot modgrad 1, maml 5)")
@@ -117,12 +119,14 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--meta-batch", type=positive_int, help="tasks of one (default: multi-shot 20, few-shot 32)")
     train.add_argument("--meta-lr", type=positive_float, help="of theta: multi-shot SGD (default: modgrad, leap, "
                        "reptile 0.1, fomaml, maml 0.5), few-shot Adam (default 1e-3)")
-    train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (paper: 1e-3)")
-    train.add_argument("--val-every", type=positive_int, help="meta-steps between validations; the best weights are "
-                       "tested, those of the end where none was made")
+    train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (default: 1e-3, as in the paper)")
+    train.add_argument("--val-every", type=positive_int, help="meta-steps between validations (default: multi-shot 20, "
+                       "few-shot 1000); the best weights are tested, those of the end where none was made")
     train.add_argument("--val-episodes", type=positive_int, default=200, help="few-shot: validation tasks")
-    train.add_argument("--log-every", type=positive_int, help="meta-steps per line of log.jsonl")
-    train.add_argument("--checkpoint-every", type=positive_int, help="meta-steps between checkpoints")
+    train.add_argument("--log-every", type=positive_int, help="meta-steps per line of log.jsonl (default: multi-shot 10, "
+                       "few-shot 20)")
+    train.add_argument("--checkpoint-every", type=positive_int, help="meta-steps between checkpoints (default: multi-shot 10, "
+                       "few-shot 100)")
 
     test = parser.add_argument_group("test")
     test.add_argument("--test-steps", type=positive_int,
@@ -137,7 +141,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     use.add_argument("--figure", nargs="+", metavar="RUN", help="draw Fig. 5 from these finished multi-shot runs")
     use.add_argument("--picture", default="figure5.png", help="file that --figure writes")
     use.add_argument("--benchmark", action="store_true", help="time meta-steps against a loop over tasks and images")
-    add_run_flags(parser)
+    add_run_flags(parser, bf16=True)
     return complete(parser.parse_args(argv))
 
 

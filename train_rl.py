@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common import (Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in, load_weights,
+from common import (HelpFormatter, Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in, load_weights,
                     mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
                     save_atomically, setup, write_result)
 from kernels import resolve_backend
@@ -54,7 +54,7 @@ SMOKE = {"iterations": 4, "meta_batch": 4, "rollouts": 5, "test_tasks": 6, "cont
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     task = parser.add_argument_group("task")
     task.add_argument("--env", choices=tuple(ENVIRONMENTS), default="nav", help="the family of tasks")
     task.add_argument("--rollouts", type=positive_int, default=20, help="R, roll-outs per update of a task (paper: 20)")
@@ -66,7 +66,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                            "does; CAVIA's has it, and a policy that runs farther than ever before meets values it never saw")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=tuple(ADAPT), default="modgrad")
+    method.add_argument("--method", choices=tuple(ADAPT), default="modgrad", help="the meta-learner")
     method.add_argument("--hidden", type=positive_int, default=100, help="width of both hidden layers (paper: 100)")
     method.add_argument("--init-std", type=positive_float, default=1.0,
                         help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
@@ -94,12 +94,12 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--max-kl", type=positive_float,
                        help="bound on an outer step's KL, the mean over states (default: 0.01 per dimension of the action, as "
                             "CAVIA's code averages over them: nav 0.02, cheetah 0.06, where 0.01 learns far slower)")
-    train.add_argument("--cg-iterations", type=positive_int, default=10, help="of conjugate gradient (10)")
-    train.add_argument("--damping", type=non_negative_float, default=1e-5, help="added to the curvature (1e-5)")
+    train.add_argument("--cg-iterations", type=positive_int, default=10, help="of conjugate gradient")
+    train.add_argument("--damping", type=non_negative_float, default=1e-5, help="added to the curvature")
     train.add_argument("--curvature-stride", type=positive_int, default=10,
                        help="the curvature is taken on every so many-th step of a roll-out: neighbouring states are "
                             "alike, and the line search tests the KL on all of them (1: all, three times the time)")
-    train.add_argument("--line-search", type=positive_int, default=15, help="trials, each 0.8 of the one before (15)")
+    train.add_argument("--line-search", type=positive_int, default=15, help="trials, each 0.8 of the one before")
     train.add_argument("--log-every", type=positive_int, default=1, help="iterations per line of log.jsonl")
     train.add_argument("--checkpoint-every", type=positive_int, default=10, help="iterations between checkpoints")
 

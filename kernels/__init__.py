@@ -1,5 +1,5 @@
-"""The modulated gradient step of ModGrad (one eager reference, one fused Triton implementation), and layers whose second
-derivatives are cheap."""
+"""The modulated gradient step of ModGrad (an eager reference, closed forms for CPUs, fused Triton kernels), and layers
+whose second derivatives are cheap."""
 
 from kernels.layers import batch_norm, conv2d
 from kernels.modulate import (modulate, modulate_reference, modulated_step, modulated_step_reference,

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
 
 def main(argv: list[str] | None = None) -> None:
     parser = parser_with_flags(__doc__, LAYERS)
-    parser.add_argument("--tasks", type=int, default=3, help="T (3: the meta-batch of the paper)")
+    parser.add_argument("--tasks", type=int, default=3, help="T (3: the released code's meta-batch)")
     args = parser.parse_args(argv)
     if min(args.tasks, args.images, args.threads or 1) < 1:
         parser.error("--tasks, --images and --threads must be at least 1")

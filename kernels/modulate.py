@@ -20,7 +20,7 @@ Double backward, given the cotangents X, p, q of d_g, d_a, d_b, with mdot_ij = h
     to b_j  = s sum_i h_ij G_ij (a_i X_ij + p_i g_ij)
 The derivative of h is zero almost everywhere; at a_i b_j = 0 relu's subgradient 0 is used, as PyTorch does.
 relu is positively homogeneous, so a step size alpha >= 0 is folded into `row` by the caller:
-alpha relu(a b^T) = relu((alpha a) b^T), and a learnable alpha gets its exact gradient from that product.
+alpha relu(a b^T) = relu((alpha a) b^T). A learned alpha that may reach 0 is better folded into g: at 0 relu passes no gradient.
 
 All tensors of a list share each launch: at Conv-4 sizes a launch costs more than its memory traffic. The sums
 over j and i are made in two stages without atomics (each tile writes its partial sums, a second kernel adds

@@ -154,11 +154,21 @@ def flags(*argv):
 
 
 @pytest.mark.parametrize("argv", [["--max-minutes", "0"], ["--max-minutes", "nan"], ["--threads", "1.5"],
-                                  ["--threads", "-1"], ["--precision", "fp8"]])
+                                  ["--threads", "-1"], ["--precision", "fp8"], ["--precision", "bf16"]])
 def test_bad_values_of_flags_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         flags(*argv)
     assert stopped.value.code == 2 and argv[1] in capsys.readouterr().err
+
+
+def test_help_states_a_default_once():
+    parser = argparse.ArgumentParser(formatter_class=common.HelpFormatter)
+    parser.add_argument("--a", default=7, help="number")
+    parser.add_argument("--b", default=8, help="number (default: eight)")
+    parser.add_argument("--c", help="left open")
+    parser.add_argument("--d", action="store_true", help="switch")
+    text = " ".join(parser.format_help().split())
+    assert "number (default: 7) --b B number (default: eight) --c C left open --d switch" in text
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])

@@ -41,13 +41,13 @@ def cross_entropy(logits, labels):
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
 
 
-def batched(theta, chain, psi, data, adapted, **options):
+def batched(theta, chain, psi, data, adapted, alpha=0.3, **options):
     """Adapted tensors and meta-loss by modgrad.py, through the split network."""
     support_x, support_y, query_x, query_y = data
     prefix, suffix = chain.split(adapted)
     h = prefix(theta, support_x)
     loss = lambda p: cross_entropy(suffix({**theta, **p}, h), support_y)
-    out = adapt(loss, {n: theta[n] for n in adapted}, TASKS, 0.3, psi, **options)
+    out = adapt(loss, {n: theta[n] for n in adapted}, TASKS, alpha, psi, **options)
     return out, cross_entropy(suffix({**theta, **out}, prefix(theta, query_x)), query_y).sum()
 
 
@@ -215,6 +215,20 @@ def test_meta_gradient_by_finite_differences(steps):
         assert abs(slope) > 1e-4, f"no slope along {part}: the check says nothing"
         # h = 1e-6: rounding of the loss (1e-16 / h) and curvature (h^2) both stay below 1e-8; ReLU kinks allow 1e-5.
         assert (values[0] - values[1]) / (2 * h) == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("at", [0.3, 0.0, -0.2])
+def test_a_learned_alpha_gets_its_gradient_at_zero_and_below_too(at):
+    theta, chain, psi = network(torch.float64)
+    data = episode(torch.float64)
+    loss = lambda alpha: batched(theta, chain, psi, data, ADAPTED, torch.tensor(alpha, dtype=torch.float64), steps=2)[1].item()
+    alpha = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    value = batched(theta, chain, psi, data, ADAPTED, alpha, steps=2)[1]
+    slope, = torch.autograd.grad(value, alpha)
+    if at >= 0:
+        assert value.item() == pytest.approx(batched(theta, chain, psi, data, ADAPTED, at, steps=2)[1].item(), rel=1e-12)
+    # rounding of the loss (1e-16 / h) and curvature (h^2) both stay below 1e-8; ReLU kinks allow 1e-5
+    assert abs(slope) > 1e-4 and (loss(at + 1e-6) - loss(at - 1e-6)) / 2e-6 == pytest.approx(slope.item(), rel=1e-5)
 
 
 def test_first_order_differs_from_second_order():
