@@ -39,7 +39,7 @@ from torch.utils.flop_counter import flop_registry
 
 import common
 import train_miniimagenet as mini
-from common import HelpFormatter, describe_machine, positive_int, run_main, save_atomically, setup
+from common import HelpFormatter, UsageError, describe_machine, positive_int, run_main, save_atomically, setup
 from tests import naive
 
 WARM_UP = 2         # after the comparison of gradients: the first steps of a process wait for memory from the system
@@ -87,13 +87,17 @@ class Setting:
     def __init__(self, flags: list[str], tasks: int, dtype: torch.dtype = torch.float32):
         self.args = mini.parse_flags(flags)
         self.device = setup(self.args)
-        learner = mini.build_learner(self.args, self.device)
+        try:
+            learner = mini.build_learner(self.args, self.device)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         self.learner = learner._replace(theta={name: nn.Parameter(t.detach().to(dtype)) for name, t in learner.theta.items()},
                                         generator=learner.generator and learner.generator.to(dtype))
         self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=1e-3)
         images = mini.to_tensor(mini.synthetic_split("val", image_size=self.args.image_size), self.device)
         rng = torch.Generator().manual_seed(0)
         self.batch = mini.sample_episodes(images, tasks, self.args.ways, self.args.shots, self.args.queries, rng)
+        self.compiled = {}      # by mode; compiling takes minutes
 
     def ours(self) -> None:
         mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None)
@@ -102,12 +106,11 @@ class Setting:
         args = argparse.Namespace(**vars(self.args) | {"precision": "bf16"})
         mini.meta_step(self.learner, self.optimiser, args, self.batch, None)
 
-    @functools.cache
-    def compiled_predict(self, mode: str):
-        return mini.make_predict(self.learner, argparse.Namespace(**vars(self.args) | {"compile": mode}))
-
     def ours_compiled(self, mode: str = "default") -> None:
-        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None, predict=self.compiled_predict(mode))
+        if mode not in self.compiled:
+            args = argparse.Namespace(**vars(self.args) | {"compile": mode})
+            self.compiled[mode] = mini.make_predict(self.learner, args)
+        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None, predict=self.compiled[mode])
 
     def ours_cuda_graphs(self) -> None:
         self.ours_compiled("cuda-graphs")
@@ -256,10 +259,11 @@ def rate_clock(device_type: str) -> str:
     return "cpu_seconds" if device_type == "cpu" else "seconds"
 
 
-def multiply_rate(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
-    """GFLOP/s of a matrix product, which our convolutions are held against."""
+def multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a matrix product, which our convolutions are held against; on a GPU one that is long beside its launch."""
+    n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    a @ a
+    timed(lambda: a @ a, device)
     return 2e-9 * n**3 / min(timed(lambda: a @ a, device)[rate_clock(device.type)] for _ in range(10))
 
 
@@ -310,6 +314,7 @@ def measure_case(args: argparse.Namespace, method: str, steps: int) -> dict:
     """Time all contenders of one method in turns."""
     tasks = args.meta_batch if method == "modgrad" else 1      # MAML's graphs are large, and no peer shares work over tasks
     flags = training_flags(args, "--method", method, "--inner-steps", str(steps))
+    torch.compiler.reset()      # the compiler keeps eight forms of one function at most, and each case has its own
     setting = Setting(flags, tasks)
     names, absent = contenders(method, setting.device)
     names += COMPILED[: (2 if setting.device.type == "cuda" else 1) * args.compiled]

@@ -29,7 +29,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +90,7 @@ def _number(kind: type, allowed: str, test: Callable[[float], bool]) -> Callable
 
 
 positive_int = _number(int, "an integer of at least 1", lambda v: v >= 1)
+seed_number = _number(int, "an integer of 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)       # what PyTorch and NumPy both take
 positive_float = _number(float, "a number above 0", lambda v: v > 0)
 non_negative_float = _number(float, "a number of at least 0", lambda v: v >= 0)
 
@@ -107,7 +108,7 @@ def add_run_flags(parser: argparse.ArgumentParser, bf16: bool = False) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="run folder (default: below runs/, named after the settings)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
-    run.add_argument("--seed", type=int, default=1, help="of initialisation, episodes and noise")
+    run.add_argument("--seed", type=seed_number, default=1, help="of initialisation, episodes and noise")
     run.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:N")
     run.add_argument("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     run.add_argument("--max-minutes", type=positive_float, help="stop training after this time, then test as usual")
@@ -128,8 +129,8 @@ def fill_in(args: argparse.Namespace, defaults: dict) -> None:
 def setup(args: argparse.Namespace) -> torch.device:
     """Seed everything, set precision, threads and the memory allocator; return the device. Raises UsageError."""
     device = _device(args.device)
-    if ranks() > 1 and device.type == "cuda":
-        torch.cuda.set_device(device)                              # NCCL and Triton work on the current device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                              # NCCL, Triton and synchronize() work on the current device
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
@@ -152,6 +153,8 @@ def _device(name: str) -> torch.device:
             raise UsageError(f"--device {name}: torchrun gives each process its own device; use auto, cuda or cpu")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s); use --device cpu")
     return device
@@ -237,11 +240,11 @@ def sum_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
     """Replace tensors of one dtype and device by their sums over the ranks, in one all_reduce. Raises UsageError."""
     if ranks() == 1:
         return
+    flat = torch.cat([t.flatten() for t in tensors])
     with _lost_rank_is_named():
-        flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(total.view_as(t))
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t))
 
 
 def sum_gradients(parameters: Iterable[torch.Tensor], totals: torch.Tensor) -> None:
@@ -306,22 +309,30 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
     if not resume or not checkpoint_file.exists():
         if resume:
             print(f"nothing to resume in {run}: starting afresh", file=sys.stderr)
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {run} cannot be a folder: {error}") from None
         _remove_leftovers(run)
         save_atomically(config_file, lambda file: file.write(json.dumps(config, indent=1, sort_keys=True).encode()))
         (run / "log.jsonl").write_bytes(b"")
         return run, None
     _remove_leftovers(run)
-    _check_same(json.loads(config_file.read_text()), json.loads(json.dumps(config)), run, may_change)
+    try:
+        before = json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{config_file} cannot be read ({error}), so that the run's settings are unknown: choose another --out, or "
+                         f"put the file back") from None
+    _check_same(before, json.loads(json.dumps(config)), run, may_change)
     try:
         checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
         offset = checkpoint["log_bytes"]
     except Exception as error:
         raise UsageError(f"{checkpoint_file} cannot be read ({error}): remove it to start afresh") from None
-    with open(run / "log.jsonl", "r+b") as log:
-        if log.seek(0, os.SEEK_END) < offset:
-            raise UsageError(f"{run / 'log.jsonl'} is shorter than at the checkpoint: it was changed by something else")
-        log.truncate(offset)
+    log_file = run / "log.jsonl"
+    if not log_file.exists() or log_file.stat().st_size < offset:
+        raise UsageError(f"{log_file} is missing or shorter than at the checkpoint: it was changed by something else; put it back")
+    os.truncate(log_file, offset)
     return run, checkpoint
 
 
@@ -491,7 +502,7 @@ class Training:
         with self.open:
             if error is None:
                 self.save()
-        if error is None and self.now["stopped"] == "signal":
+        if error is None and "signal" in (self.now["stopped"], self.stop.reason):      # the second: after the last update
             raise KeyboardInterrupt
 
     def goes_on(self) -> int:
@@ -546,8 +557,13 @@ def _set_state(part, state) -> None:
     if isinstance(part, list):
         for one, its_state in zip(part, state):
             _set_state(one, its_state)
+    elif isinstance(part, torch.Generator):
+        try:
+            part.set_state(state)
+        except RuntimeError:
+            raise UsageError(f"the run's noise was drawn on another kind of device than {part.device}: resume it there") from None
     else:
-        part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+        part.load_state_dict(state)
 
 
 # --- statistics, machine, figures ------------------------------------------------------------------------------------
@@ -577,12 +593,20 @@ def describe_machine(device: torch.device) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     if importlib.util.find_spec("triton"):
         versions["triton"] = importlib.import_module("triton").__version__
-    git = lambda *command: subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
-    commit = git("rev-parse", "HEAD")
-    dirty = bool(git("status", "--porcelain", "--untracked-files=no").stdout.strip()) if commit.returncode == 0 else None
+    commit = _git("rev-parse", "HEAD")
+    dirty = None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {"device_name": name, "threads": torch.get_num_threads(), "versions": versions,
-            "commit": commit.stdout.strip() or None, "dirty": dirty}
+            "commit": commit, "dirty": dirty}
+
+
+def _git(*command: str) -> str | None:
+    """What git says, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:
@@ -605,10 +629,29 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def write_result(run: Path, device: torch.device, record: dict) -> None:
-    """Write result.json: `record` with peak memory (of this process) and the description of the machine."""
+    """Write result.json: `record` with peak memory (of this process) and the description of the machine.
+
+    JSON has no numbers that are not finite, as where an inner loop diverged: they become null and are counted in "non_finite".
+    """
     record = {**record, "ranks": ranks(), "peak_memory_bytes": peak_memory_bytes(device), **describe_machine(device)}
+    lost = []
+    record = _without_non_finite(record, lost)
+    if lost:
+        record["non_finite"] = len(lost)
+        print(f"{len(lost)} number(s) of the result are not finite: null in {run / 'result.json'}", file=sys.stderr)
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
     save_atomically(run / "result.json", lambda file: file.write(text.encode()))
+
+
+def _without_non_finite(value, lost: list):
+    """A copy with None for floats that are not finite, which are appended to `lost`."""
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(part, lost) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_non_finite(part, lost) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return lost.append(value)
+    return value
 
 
 def plot_curves(path: Path, title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: str,

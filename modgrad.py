@@ -335,7 +335,8 @@ def adapt_linear(loss_fn: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, alph
             def step(nu: Tensor) -> LinearUpdate:
                 factors = generator(nu)
                 (row, col), scale = factors[weight], factors[bias][1]
-                signed = [(row, col), (-row, -col)] if (row < 0).any() and (col < 0).any() else [(row, col)]
+                mixed = (row < 0).any() & (col < 0).any()                                    # read once: a GPU's CPU waits for it
+                signed = [(row, col), (-row, -col)] if mixed else [(row, col)]
                 left = [push * F.relu(row).unsqueeze(1) for row, _ in signed]
                 right = [x * F.relu(col).unsqueeze(1) for _, col in signed]
                 return LinearUpdate(_join(left), _join(right), total * F.relu(scale))
@@ -579,9 +580,9 @@ def _norm(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, eps: floa
     """Batch norm: y (N, C, H, W), gamma and beta (C); statistics come from all N samples or from the first `support`."""
     if support is None:
         return batch_norm(y, gamma, beta, eps)
-    var, mean = torch.var_mean(y[:support], dim=(0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y[:support].to(gamma.dtype), dim=(0, 2, 3), correction=0)      # float32 beside 16-bit activations
     scale = gamma * torch.rsqrt(var + eps)
-    return y * scale[:, None, None] + (beta - mean * scale)[:, None, None]
+    return (y * scale[:, None, None] + (beta - mean * scale)[:, None, None]).to(y.dtype)
 
 
 # Of several tasks at once on a GPU, images are (N, T C, H, W): tasks x channels are adjacent, so that a convolution with

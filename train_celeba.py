@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from common import (DataError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array, check_finite,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
                     non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
-                    save_atomically, setup, write_result)
+                    save_atomically, setup, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
 
@@ -275,10 +275,10 @@ def synthetic_split(split: str, seed: int = 0) -> np.ndarray:
 
 
 def sample_pixels(tasks: int, k: int, order: str, rng: torch.Generator) -> Tensor:
-    """Row-major numbers of the k given pixels of each task, (T, k), distinct, on the device of `rng`."""
+    """Row-major numbers of the k given pixels of each task, (T, k), distinct."""
     if order == "ordered":
-        return torch.arange(k, device=rng.device).expand(tasks, k)
-    return torch.rand(tasks, PIXELS, generator=rng, device=rng.device).topk(k).indices
+        return torch.arange(k).expand(tasks, k)
+    return torch.rand(tasks, PIXELS, generator=rng).topk(k).indices
 
 
 def coordinates(device: torch.device) -> Tensor:
@@ -454,10 +454,14 @@ class OuterError(torch.autograd.Function):
 
 def sample_tasks(images: Tensor, args: argparse.Namespace,
                  rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A meta-batch: colours (T, P, 3), given pixels (T, k), and the pixels of the outer loss, None for all."""
-    chosen = torch.randint(len(images), (args.meta_batch,), generator=rng, device=rng.device)
+    """A meta-batch: colours (T, P, 3), given pixels (T, k), and the pixels of the outer loss, None for all.
+
+    rng is on the CPU, so that every device sees the same tasks; what it draws goes to where the images are.
+    """
+    chosen = torch.randint(len(images), (args.meta_batch,), generator=rng)
     given = sample_pixels(args.meta_batch, args.pixels, args.order, rng)
     query = None if args.outer_pixels == PIXELS else sample_pixels(1, args.outer_pixels, "random", rng)[0]
+    chosen, given, query = (t if t is None else to_device(t, images.device) for t in (chosen, given, query))
     return colours(images[chosen]), given, query
 
 
@@ -489,11 +493,13 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
                splits: dict[str, Tensor], device: torch.device) -> dict:
     """Train until `--iterations`, the time limit or a signal; returns the record, whose "best" holds weights."""
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=True)         # one pass over memory
-    task_rng = torch.Generator(device).manual_seed(args.seed)
+    task_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
            "skipped": 0, "diverged": 0, "stopped": None}           # diverged: validations in a row
-    kept = {"optimiser": optimiser, "task_rng": task_rng, "noise_rng": noise_rng}
+    kept = {"optimiser": optimiser, "task_rng": task_rng}
+    if args.gradient_noise:      # on its device: only without noise can a run be resumed on another kind of device
+        kept["noise_rng"] = noise_rng
     with Training(learner, args, run, checkpoint, "iteration", now, kept) as training:
         while training.goes_on():
             for group in optimiser.param_groups:
@@ -668,7 +674,7 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 21)
         raise UsageError("--benchmark compares modgrad or maml on the layers' tensors, all pixels in the outer loss")
     learner, images = build_learner(args, device), torch.from_numpy(synthetic_split("val")).to(device)
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=True)         # one pass over memory
-    batch = sample_tasks(images, args, torch.Generator(device).manual_seed(args.seed))
+    batch = sample_tasks(images, args, torch.Generator().manual_seed(args.seed))
 
     def naive_step() -> Tensor:
         optimiser.zero_grad(set_to_none=True)
@@ -741,7 +747,7 @@ def main(argv: list[str] | None = None) -> None:
         "config": vars(args), "seed": args.seed, "iterations": now["iteration"], "images": images,
         "skipped_iterations": now["skipped"], "best_iteration": now["best_iteration"],
         "best_val_mse": now["best_mse"], "kernel": backend,
-        "train_seconds": now["seconds"], "train_images_per_second": images / now["seconds"]})
+        "train_seconds": now["seconds"], "train_images_per_second": images / max(now["seconds"], 1e-9)})
     print(f"{label}, {args.test_split} mean squared error: {mse:.4f} ± {ci95:.4f} over {len(errors)} images; "
           f"results in {run}")
 

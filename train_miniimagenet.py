@@ -891,7 +891,9 @@ def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dic
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     predict = make_predict(learner, args)
     now = {unit: 0, "seconds": 0.0, "best_accuracy": -1.0, f"best_{unit}": 0, "best": None, "pending": [], "stopped": None}
-    kept = {"optimiser": optimiser, "episode_rng": episode_rng, "noise_rng": noise_rng}
+    kept = {"optimiser": optimiser, "episode_rng": episode_rng}
+    if args.gradient_noise:      # on its device: only without noise can a run be resumed on another kind of device
+        kept["noise_rng"] = noise_rng
     with Training(learner, args, run, checkpoint, unit, now, kept, per_update) as training:
         while count := training.goes_on():
             for group in optimiser.param_groups:
@@ -1008,7 +1010,7 @@ def main(argv: list[str] | None = None) -> None:
         "dataset": dataset, "synthetic": synthetic, "batch_norm": args.batch_norm, "config": vars(args),
         "seed": args.seed, f"{unit}s": now[unit], f"best_{unit}": now[f"best_{unit}"],
         "best_val_accuracy": now["best_accuracy"], "kernel": backend,
-        "train_seconds": now["seconds"], f"train_{unit}s_per_second": now[unit] / now["seconds"]})
+        "train_seconds": now["seconds"], f"train_{unit}s_per_second": now[unit] / max(now["seconds"], 1e-9)})
     print(f"{label}, {args.test_split} accuracy ({args.batch_norm} batch norm): {100 * accuracy:.2f} ± "
           f"{100 * ci95:.2f} % over {len(accuracies)} tasks; results in {run}")
 

@@ -985,7 +985,7 @@ def main(argv: list[str] | None = None) -> None:
         "dataset": dataset, "synthetic": synthetic, "config": vars(args), "seed": args.seed,
         "accuracies": accuracies if curves else None, "curves": curves, "meta_steps": now["meta_step"],
         "best_meta_step": now["best_meta_step"], "best_val_accuracy": now["best_accuracy"], "kernel": backend,
-        "train_seconds": now["seconds"], "train_meta_steps_per_minute": 60 * now["meta_step"] / now["seconds"]})
+        "train_seconds": now["seconds"], "train_meta_steps_per_minute": 60 * now["meta_step"] / max(now["seconds"], 1e-9)})
     print(f"{label}, {args.test_split} accuracy: {100 * value:.2f} ± {100 * ci95:.2f} % over {len(accuracies)} tasks; "
           f"results in {run}")
 

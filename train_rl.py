@@ -136,6 +136,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if (args.method == "cavia" and not has_context) or (has_context and args.method == "maml"):
         raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia changes its context and "
                          "nothing else, modgrad may do so, and maml has none")
+    if args.adapt == ["log_std"]:
+        raise UsageError("--adapt log_std alone would not change what the policy does on average: name a layer too")
     if args.hide_x and args.env == "nav":
         raise UsageError("--hide-x is about half-cheetah's observation; navigation has no torso")
     if args.render and (args.env == "nav" or not args.render.endswith((".gif", ".mp4"))):
@@ -779,7 +781,7 @@ def main(argv: list[str] | None = None) -> None:
         "returns": [mean for mean, _ in returns], "returns_ci95": [half for _, half in returns], "dataset": args.env,
         "config": vars(args), "seed": args.seed, "iterations": now["iteration"], "skipped": now["skipped"],
         "largest_kl": now["largest_kl"], "env_steps": now["env_steps"], "kernel": backend,
-        "train_seconds": now["seconds"], "iterations_per_second": now["iteration"] / now["seconds"]})
+        "train_seconds": now["seconds"], "iterations_per_second": now["iteration"] / max(now["seconds"], 1e-9)})
     print(f"{label}: return after 0, 1, ... updates " + ", ".join(f"{m:.1f} ± {c:.1f}" for m, c in returns)
           + f" over {args.test_tasks} tasks; results in {run}")
 

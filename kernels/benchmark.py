@@ -367,6 +367,8 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_flags()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)             # where the timer's events are recorded
     keep_freed_memory()                  # as the training scripts do: else a CPU mostly waits for pages of fresh memory
     about = describe(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['threads']} threads, "

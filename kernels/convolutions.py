@@ -147,6 +147,8 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
         torch.set_num_threads(args.threads)
     keep_freed_memory()                                      # as the training scripts do
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)             # where the timer's events are recorded
     about, rows = describe(device, module) | more, []
     print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); "
           + ", ".join(f"{count} {what}" for what, count in more.items()))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import benchmark
+import runs
 from results import table
 
 TINY = ["--image-size", "16", "--channels", "4", "--meta-batch", "2", "--repeats", "1"]
@@ -150,3 +151,8 @@ def test_tables_are_made_with_and_without_optional_parts(written, monkeypatch):
     assert sum(name in row for row in speed) == 2 and not any("| bare" in row for row in scaling)
     assert "| tasks | 1: " in scaling[2] and "1: 1.00 |" in scaling[2]
     assert len({row.count("|") for row in speed}) == len({row.count("|") for row in scaling}) == 1
+
+
+def test_too_small_an_image_is_refused_in_one_line():
+    done = runs.script("benchmark.py", "--image-size", 8)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: Conv-4 halves the image four times")

@@ -71,6 +71,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         common.open_run(tmp_path, {}, resume=True)
 
 
+@pytest.mark.parametrize("name, content", [("config.json", None), ("config.json", b"{"), ("log.jsonl", None), ("log.jsonl", b"")])
+def test_a_file_of_the_run_that_is_lost_or_damaged_is_named(name, content, tmp_path):
+    run, _ = common.open_run(tmp_path / "run", {}, resume=False)
+    common.append_log(run, {"episode": 1})
+    common.save_checkpoint(run, {})
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_bytes(content)
+    with pytest.raises(UsageError, match=name):
+        common.open_run(run, {}, resume=True)
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_named(tmp_path):
+    (tmp_path / "run").write_bytes(b"")
+    with pytest.raises(UsageError, match="--out .*run cannot be a folder"):
+        common.open_run(tmp_path / "run", {}, resume=False)
+
+
 def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
     script = """
 import os, signal, sys, torch, common
@@ -135,6 +153,20 @@ def test_result_json_names_the_machine(tmp_path):
     assert result["versions"]["torch"] == torch.__version__ and result["peak_memory_bytes"] > 1e7
 
 
+def test_a_machine_without_git_still_gets_its_result(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    common.write_result(tmp_path, torch.device("cpu"), {})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["commit"] is None and result["dirty"] is None and "non_finite" not in result
+
+
+def test_a_number_that_is_not_finite_does_not_cost_the_result(tmp_path, capsys):
+    common.write_result(tmp_path, torch.device("cpu"), {"value": float("inf"), "curves": {"loss": [1.0, float("nan")]}})
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["value"], result["curves"], result["non_finite"]) == (None, {"loss": [1.0, None]}, 2)
+    assert "2 number(s)" in capsys.readouterr().err
+
+
 def test_curves_are_a_picture(tmp_path):
     common.plot_curves(tmp_path / "c.png", "SYNTHETIC", {"a": ([0, 1], [0.2, 0.4])}, "x", "y")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
@@ -154,7 +186,7 @@ def flags(*argv):
 
 
 @pytest.mark.parametrize("argv", [["--max-minutes", "0"], ["--max-minutes", "nan"], ["--threads", "1.5"],
-                                  ["--threads", "-1"], ["--precision", "fp8"], ["--precision", "bf16"]])
+                                  ["--threads", "-1"], ["--precision", "fp8"], ["--precision", "bf16"], ["--seed", "-1"], ["--seed", str(2**63)]])
 def test_bad_values_of_flags_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         flags(*argv)
@@ -171,7 +203,7 @@ def test_help_states_a_default_once():
     assert "number (default: 7) --b B number (default: eight) --c C left open --d switch" in text
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x", "xpu", "meta"])
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(UsageError, match=device):
         common.setup(flags("--device", device))
@@ -202,7 +234,7 @@ class Descent:
     def __init__(self):
         self.theta, self.generator = {"w": torch.ones(1)}, None
 
-    def train(self, run, resume=False, signal_at=None, gradient=1.0):
+    def train(self, run, resume=False, signal_at=None, gradient=1.0, signal_at_end=False):
         args = argparse.Namespace(units=20, max_minutes=None)
         run, checkpoint = common.open_run(run, {}, resume)
         optimiser, rng = torch.optim.Adam(self.theta.values(), 0.1), torch.Generator().manual_seed(0)
@@ -220,6 +252,8 @@ class Descent:
                     training.log("loss", "weight")
                 if training.due(100, 9):
                     training.save()
+            if signal_at_end:
+                signal.raise_signal(signal.SIGTERM)
         return counts
 
 
@@ -235,6 +269,18 @@ def test_training_that_is_stopped_within_a_log_line_ends_as_one_that_is_not(tmp_
     assert torch.equal(one.theta["w"], two.theta["w"])
     assert [line["unit"] for line in common.read_log(tmp_path / "run")] == [6, 12, 18, 20]
     assert common.read_log(tmp_path / "run") == common.read_log(tmp_path / "whole")
+
+
+def test_a_signal_after_the_last_update_is_heard_too(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Descent().train(tmp_path / "run", signal_at_end=True)
+    assert Descent().train(tmp_path / "run", resume=True) == []
+
+
+def test_random_numbers_of_another_kind_of_device_are_named():
+    state = torch.zeros(16, dtype=torch.uint8)      # a CUDA generator's: seed and offset
+    with pytest.raises(UsageError, match="another kind of device"):
+        common._set_state([torch.Generator()], [state])
 
 
 def test_training_ends_where_a_loss_is_not_finite_and_says_where(tmp_path):

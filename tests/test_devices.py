@@ -51,14 +51,14 @@ def test_mini_imagenet(flags):
 def test_celeba(flags, monkeypatch):
     args = train_celeba.parse_flags(["--width", "64", "--meta-batch", "3", *flags.split()])
     learner = train_celeba.build_learner(args, META)
-    images = torch.empty(30, 32, 32, 3, dtype=torch.uint8)
-    batch = [t if t is None else t.to(META) for t in train_celeba.sample_tasks(images, args, torch.Generator())]
+    images = torch.empty(30, 32, 32, 3, dtype=torch.uint8, device=META)
+    batch = train_celeba.sample_tasks(images, args, torch.Generator())
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.ones(()))    # these numbers are read
     monkeypatch.setattr(torch.Tensor, "any", lambda tensor: True)
     losses = train_celeba.meta_step(learner, torch.optim.SGD(learner.parameters(), lr=0.1), args, batch, None)
     check(learner, losses)
     given = train_celeba.sample_pixels(30, args.pixels, args.order, torch.Generator())
-    assert train_celeba.complete_images(learner, args, images.to(META), given).device == META
+    assert train_celeba.complete_images(learner, args, images, given).device == META
 
 
 @pytest.mark.parametrize("flags", ["", "--theta-update held-out --imbalanced", "--precision bf16", "--method leap",

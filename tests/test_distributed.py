@@ -93,6 +93,15 @@ def test_two_ranks_give_the_numbers_and_the_files_of_one(one_rank_run, tmp_path)
     assert result(tmp_path / "run")["ranks"] == 2
 
 
+def test_running_out_of_memory_is_not_blamed_on_another_process(monkeypatch):
+    monkeypatch.setattr(common, "ranks", lambda: 2)
+    def full(tensors):
+        raise torch.OutOfMemoryError("out of memory")
+    monkeypatch.setattr(torch, "cat", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        common.sum_over_ranks([torch.ones(1)])
+
+
 def test_a_killed_rank_ends_the_other_and_one_process_completes_the_run(one_rank_run, tmp_path):
     run = tmp_path / "run"
     ended = two_processes(SIGNAL_IN_STEP_5, int(signal.SIGKILL), *FLAGS, "--out", run, cwd=tmp_path)

@@ -1,5 +1,6 @@
 """Convolution and batch norm with closed-form double backward: against PyTorch's own, finite differences, in every layout."""
 
+import functools
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from kernels import batch_norm, conv2d, layers
 from runs import ROOT
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+gradcheck, gradgradcheck = (functools.partial(check, nondet_tol=1e-10) for check in (gradcheck, gradgradcheck))     # cuDNN's sums
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 
 
@@ -22,18 +25,18 @@ def plain_batch_norm(x, gamma, beta):
     return F.batch_norm(x, None, None, gamma, beta, training=True, eps=1e-5)
 
 
-def tensors(op, layout="contiguous", dtype=torch.float64, shape=(3, 4, 5, 6), groups=1):
+def tensors(op, layout="contiguous", dtype=torch.float64, shape=(3, 4, 5, 6), groups=1, device=DEVICE):
     g = torch.Generator().manual_seed(0)
     normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)
     x = (normal(*shape) + 0.3).contiguous(memory_format=LAYOUTS[layout])
     rest = [normal(6, shape[1] // groups, 3, 3), normal(6)] if "conv" in op else [normal(shape[1]), normal(shape[1])]
-    return [t.to(dtype).requires_grad_() for t in (x, *rest)]
+    return [t.to(device, dtype).requires_grad_() for t in (x, *rest)]
 
 
 def two_orders(op, inputs):
     """The output, its gradient, and the gradient of a function of that gradient, for fixed cotangents."""
     y = op(*inputs)
-    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)
     first = torch.autograd.grad((y.square() * weight).sum(), inputs, create_graph=True)
     return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
 
@@ -62,7 +65,7 @@ def test_convolution_against_finite_differences(layout, groups):
 def test_convolution_of_any_odd_size_and_stride(layout, size, stride, groups):
     """The output is PyTorch's; with a stride the last rows and columns may go unread, in either parity of the plane."""
     g = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(DEVICE)
     x = normal(2, 4, 5, 6).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     weight, bias = normal(2, 4 // groups, size, size).requires_grad_(), normal(2).requires_grad_()
     op = lambda *args: conv2d(*args, groups, stride)
@@ -160,7 +163,7 @@ def test_16_bit_activations_are_as_good_as_pytorchs_own(op):
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_channels_last_activations_are_channels_last(op):
     """Mixed layouts cost an order of magnitude in the kernels that follow."""
-    x, *rest = tensors(op, "channels-last")
+    x, *rest = tensors(op, "channels-last", device="cpu")            # GPUs get the other layout
     y = OPS[op][0](x, *rest)
     first, = torch.autograd.grad(y.sum() + y.square().sum(), x, torch.tensor(1.0), create_graph=True)
     second, = torch.autograd.grad(first.contiguous().square().sum(), x)

@@ -104,16 +104,17 @@ def test_support_statistics_do_not_see_the_other_queries(name, layout):
     assert not torch.allclose(chain(theta, query_x)[:, 0], together[:, 0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["resnet34", "wrn28"])
-def test_16_bit_activations_stay_16_bit(name, layout):
+@pytest.mark.parametrize("support", [None, 4])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_16_bit_activations_stay_16_bit(name, support, layout):
     theta, chain = network(name)
     theta = {n: t.detach().float() for n, t in theta.items()}
     x = episode(NETWORKS[name][2])[0]
-    seen, exact = [], chain(theta, x.float())
+    seen, exact = [], chain(theta, x.float(), support)
     for stage in chain.stages[:-1]:
-        seen.append((x := stage.apply(theta, x.bfloat16() if not seen else x, None)).dtype)
+        seen.append((x := stage.apply(theta, x.bfloat16() if not seen else x, support)).dtype)
     assert set(seen) == {torch.bfloat16}
-    y = chain.stages[-1].apply(theta, x, None)
+    y = chain.stages[-1].apply(theta, x, support)
     assert y.dtype == torch.float32 and (y - exact).abs().max() <= 0.3 * exact.abs().max()       # 2^-8 an operation
 
 

@@ -28,6 +28,11 @@ def complete_run(tmp_path_factory):
     return runs.complete("train_miniimagenet.py", *TINY, home=tmp_path_factory.mktemp("home"))
 
 
+def test_a_run_without_noise_may_go_on_on_another_kind_of_device(complete_run):
+    """Whose generators have other states; tasks are drawn on the CPU everywhere."""
+    assert "noise_rng" not in torch.load(complete_run[0] / "checkpoint.pt", weights_only=True)
+
+
 def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
     run, printed = complete_run
     runs.assert_whole_and_synthetic(run, printed)

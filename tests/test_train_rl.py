@@ -489,6 +489,7 @@ def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     (["--env", "moon"], "moon"),
     (["--adapt", "fc9.weight"], "fc9.weight"),
     (["--method", "cavia", "--adapt", "fc1.weight"], "cavia"),
+    (["--adapt", "log_std"], "log_std alone"),
     (["--method", "maml", "--adapt", "context"], "maml has none"),
     (["--adapt", "context", "fc1.bias"], "context"),
     (["--method", "maml", "--normalise-context"], "--normalise-context"),
