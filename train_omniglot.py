@@ -843,7 +843,7 @@ def plot_bands(path: str | Path, curves: dict[str, list[dict]], note: str) -> No
         runs = curves[method]
         steps = {"loss": range(len(runs[0]["loss"])), "accuracy": runs[0]["accuracy_steps"]}
         for axes, key, scale in zip(panels, steps, (1, 100)):
-            values = scale * np.array([run[key] for run in runs])
+            values = scale * np.array([run[key] for run in runs], dtype=float)       # null of a result.json becomes nan
             label = f"{method} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
             line, = axes.plot(steps[key], values.mean(0), label=label, linewidth=1.5)
             axes.fill_between(steps[key], values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
