@@ -123,11 +123,17 @@ def ablations():
 
 
 def shots():
-    """One row a number of shots: ModGrad with all other flags at their defaults."""
-    found = {r["config"]["shots"]: (folder, r) for folder, r in runs("ablations") if r["config"]["method"] == "modgrad"
-             and tuple(r["config"][flag] for flag in ("inner_steps", "rank", "gradient_noise", "inner_lr")) == (1, 5, 0, 0.1)}
-    return "\n".join(["| shots | ModGrad, one step: ours, % |", "| --- | --- |"]
-                     + [f"| {n} | [{percent(r)}](results/{folder.relative_to(HERE)}) |" for n, (folder, r) in sorted(found.items())])
+    """One row a number of shots: ModGrad with all other flags at their defaults, MAML on its tensors or on conv4 alone."""
+    columns, cells = {("modgrad", 0.1, 4): "modgrad, alpha 0.1: ours, %", ("maml", 1, 4): "maml, alpha 1: ours, %",
+                      ("maml", 3, 2): "maml, conv4 alone, alpha 3: ours, %"}, {}
+    for folder, r in runs("ablations"):
+        c = r["config"]
+        if (c["inner_steps"], c["rank"], c["gradient_noise"]) == (1, 5, 0):
+            cells[c["shots"], (c["method"], c["inner_lr"], len(c["adapt"]))] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
+    rows = [f"| shots | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
+    for n in sorted({n for n, column in cells if column in columns}):
+        rows.append(f"| {n} | {' | '.join(cells.get((n, column), '-') for column in columns)} |")
+    return "\n".join(rows)
 
 
 def methods():
