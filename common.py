@@ -100,11 +100,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         known = action.default is None or isinstance(action.default, bool) or action.default is argparse.SUPPRESS
-        return action.help if known or "(default" in (action.help or "") else f"{action.help or ''} (default: %(default)s)".lstrip()
+        stated = known or "(default" in (action.help or "")
+        return action.help if stated else f"{action.help or ''} (default: %(default)s)".lstrip()
 
 
 def add_run_flags(parser: argparse.ArgumentParser, bf16: bool = False) -> None:
-    """Add the flags that every script has: where the run is kept, its seed, its device and its limits; `bf16`: whether it can."""
+    """Add the flags that every script has: where the run is kept, its seed, device and limits. `bf16`: offer that precision."""
     run = parser.add_argument_group("run")
     run.add_argument("--out", help="run folder (default: below runs/, named after the settings)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")

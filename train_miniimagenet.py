@@ -105,8 +105,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         "start (0.05, the middle of its authors' range)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
                         "modgrad the last two convolutions, maml Conv-4's convolutions and head, or all of the others)")
-    method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5); before its ReLU M has rank 1 "
-                        "whatever u is")
+    method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5); "
+                        "before its ReLU M has rank 1 whatever u is")
     method.add_argument("--context-dim", type=positive_int, default=300, help="D, length of nu (paper: 300)")
     method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
     method.add_argument("--factors", choices=("flat", "natural"), default="flat",

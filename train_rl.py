@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from common import (HelpFormatter, Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in, load_weights,
-                    mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
+from common import (HelpFormatter, Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in,
+                    load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
                     save_atomically, setup, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp

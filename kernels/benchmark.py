@@ -300,6 +300,14 @@ def cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def select_device(name: str) -> torch.device:
+    """The device to measure; a GPU becomes the current one, as the timer's events are recorded there."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device
+
+
 def describe(device: torch.device, module: str = "kernels.benchmark") -> dict:
     cuda = device.type == "cuda"
     return {
@@ -366,9 +374,7 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_flags()
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)             # where the timer's events are recorded
+    device = select_device(args.device)
     keep_freed_memory()                  # as the training scripts do: else a CPU mostly waits for pages of fresh memory
     about = describe(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['threads']} threads, "

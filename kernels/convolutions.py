@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from common import keep_freed_memory
-from kernels.benchmark import describe, time_on_cpu, time_on_gpu, write_json
+from kernels.benchmark import describe, select_device, time_on_cpu, time_on_gpu, write_json
 from kernels.layers import conv2d
 
 LAYERS = {"conv1": (3, 64, 84), "conv2": (64, 64, 42), "conv3": (64, 64, 21), "conv4": (64, 64, 10)}   # C, C', H = W
@@ -146,9 +146,7 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()                                      # as the training scripts do
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)             # where the timer's events are recorded
+    device = select_device(args.device)
     about, rows = describe(device, module) | more, []
     print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); "
           + ", ".join(f"{count} {what}" for what, count in more.items()))

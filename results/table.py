@@ -124,16 +124,21 @@ def ablations():
 
 def shots():
     """One row a number of shots: ModGrad with all other flags at their defaults, MAML on its tensors or on conv4 alone."""
-    columns, cells = {("modgrad", 0.1, 4): "modgrad, alpha 0.1: ours, %", ("maml", 1, 4): "maml, alpha 1: ours, %",
-                      ("maml", 3, 2): "maml, conv4 alone, alpha 3: ours, %"}, {}
+    both, cells = ("conv3", "conv4"), {}
+    columns = {("modgrad", 0.1, both): "modgrad, alpha 0.1: ours, %", ("maml", 1, both): "maml, alpha 1: ours, %",
+               ("maml", 3, ("conv4",)): "maml, conv4 alone, alpha 3: ours, %"}
     for folder, r in runs("ablations"):
         c = r["config"]
         if (c["inner_steps"], c["rank"], c["gradient_noise"]) == (1, 5, 0):
-            cells[c["shots"], (c["method"], c["inner_lr"], len(c["adapt"]))] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
+            cells[c["shots"], (c["method"], c["inner_lr"], adapted_layers(c))] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
     rows = [f"| shots | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns)]
     for n in sorted({n for n, column in cells if column in columns}):
         rows.append(f"| {n} | {' | '.join(cells.get((n, column), '-') for column in columns)} |")
     return "\n".join(rows)
+
+
+def adapted_layers(config):
+    return tuple(sorted({name.split(".")[0] for name in config["adapt"]}))
 
 
 def methods():
@@ -142,8 +147,7 @@ def methods():
     for folder, r in runs("ablations"):
         c = r["config"]
         if c["inner_steps"] == 1 and c["rank"] == 5 and c["shots"] <= 5:
-            layers = tuple(sorted({name.split(".")[0] for name in c["adapt"]}))
-            row = cells.setdefault((c["method"], layers, c["inner_lr"]), {})
+            row = cells.setdefault((c["method"], adapted_layers(c), c["inner_lr"]), {})
             row[-c["shots"], c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
     columns = sorted({column for row in cells.values() for column in row})
     titles = [f"{-shots}-shot{f', noise {noise:g}' * (noise > 0)}: ours, %" for shots, noise in columns]
