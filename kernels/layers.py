@@ -9,7 +9,7 @@ CONVOLUTION  y = x * w + b is linear in x and in w. With G = dL/dy and cotangent
 
     to G = U * w + x * V + c         to x = dgrad(G, V)         to w = wgrad(G, U)
 
-On CPUs with AVX2 alone these are taken from kernels/winograd.py where that is faster.
+On CPUs with AVX2 or AVX-512 these are taken from kernels/winograd.py where that is faster.
 
 BATCH NORM, per channel over n numbers:  xhat = (x - mean) r,  r = (var + eps)^(-1/2),  y = gamma xhat + beta.  With
 P(A) = A - mean(A) - xhat mean(A xhat), which is symmetric:   dx = gamma r P(G),  dgamma = sum G xhat,  dbeta = sum G,

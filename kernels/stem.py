@@ -126,11 +126,11 @@ class _ConvPoolReluBackward(Function):
     @staticmethod
     def forward(D, x, y, winners, shape):
         D = torch.ops.aten.threshold_backward(_last(D), y, 0)
+        dtype = torch.promote_types(D.dtype, torch.float32)        # of the products: in bfloat16 few channels are slow
         step, sums = _parts(shape[0] * x[0, 0].numel()), 0
         for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
-            G = torch.ops.aten.max_pool2d_with_indices_backward(D_part, _planes(x, shape[0], 1), *POOL, winners)
-            products = _patch_products(G, x, shape)
-            sums = sums + (products if products.dtype == torch.float64 else products.float())
+            G = torch.ops.aten.max_pool2d_with_indices_backward(D_part.to(dtype), _planes(x, shape[0], 1, dtype), *POOL, winners)
+            sums = sums + _patches(x.to(dtype), shape[-1]) @ G.permute(0, 2, 3, 1).flatten(0, 2)
         sums = sums.to(D.dtype)
         return sums[:-1].mT.reshape(shape), sums[-1]
 
@@ -152,13 +152,3 @@ class _ConvPoolReluBackward(Function):
             places = winners.permute(0, 2, 3, 1)                                                         # (n, H/2, W/2, C')
             parts.append(planes.flatten(1, 2).gather(1, places.flatten(1, 2)).unflatten(1, places.shape[1:3]))
         return torch.cat(parts).permute(0, 3, 1, 2) * (y > 0), None, None, None, None
-
-
-def _patch_products(G, x, shape):
-    """wgrad of a convolution with few input channels as a matrix product with the patches, and G's sums: (C k k + 1, C')."""
-    if x.dtype in (torch.float32, torch.float64):
-        return _patches(x, shape[-1]) @ G.permute(0, 2, 3, 1).flatten(0, 2)
-    pad = [shape[-1] // 2] * 2
-    _, weight, bias = torch.ops.aten.convolution_backward(G, x, x.new_empty(shape), [shape[0]], [1, 1], pad, [1, 1], False,
-                                                          [0, 0], 1, [False, True, True])
-    return torch.cat([weight.flatten(1).mT, bias.unsqueeze(0)])

@@ -7,12 +7,13 @@ with their 6 x 6 inputs; in both directions that is 36 products instead of 144, 
     y = OUTPUT^T [FILTER w FILTER^T * INPUT x INPUT^T] OUTPUT         dL/dx: the same, of dL/dy and the filter turned round
     dL/dw = FILTER^T [sum over tiles of OUTPUT dL/dy OUTPUT^T * INPUT x INPUT^T] FILTER
 
-On CPUs with AVX2, where PyTorch's weight gradients are twice as slow as its convolutions, even transforms written in PyTorch are
-faster for large planes, if the images go one by one through the same few buffers, which then stay in cache. All tensors are
-channels-last, float32 (or float64, for tests).
+Even transforms written in PyTorch are then faster for large planes, if the images go one by one through the same few buffers,
+which stay in cache: with AVX-512, where PyTorch's own are as fast as a matrix product, and with AVX2, where its weight gradients
+are half as fast as its convolutions. All tensors are channels-last, float32 (or float64, for tests).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -23,30 +24,46 @@ OUTPUT = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [1, 1/2, 1/4,
                       dtype=torch.float64)
 
 
+class Limits(NamedTuple):
+    """Where it is faster than PyTorch's own. `numbers` are those of a plane's tiles times channels, 36 of which are held in each
+    buffer: few do not pay, many leave the cache."""
+    channels: int           # most that were measured
+    convolve: range         # numbers, for 64 channels or more and one thread
+    weights: dict           # threads: least numbers, for 32 channels or more
+
+
+# Measured on EPYCs, by PyTorch's name of their instructions.
+LIMITS = {"AVX2": Limits(128, range(2 ** 12, 2 ** 14 + 1), {1: 2 ** 11, 2: 2 ** 12}),
+          "AVX512": Limits(320, range(3000, 2 ** 17), {1: 2 ** 11})}
+
+
 def pays(x, weight) -> bool:
     """Whether `convolve` is faster than PyTorch's own here, for x (N, C, H, W) and weight (C', C, k, k): by measurement."""
-    return (_applies(x, weight) and min(weight.shape[:2]) >= 64 and 2 ** 12 <= _numbers(x, weight) <= 2 ** 14
+    limits = _limits(x, weight)
+    return (limits is not None and min(weight.shape[:2]) >= 64 and _numbers(x, weight) in limits.convolve
             and torch.get_num_threads() == 1)
 
 
 def pays_for_weights(G, x, weight) -> bool:
-    """Whether `weight_gradient` is, for G (N, C', H, W) too. PyTorch's is at half the rate of its convolutions, so that
-    less is needed."""
-    least = {1: 2 ** 11, 2: 2 ** 12}.get(torch.get_num_threads())
-    return least is not None and _applies(x, weight, G) and min(weight.shape[:2]) >= 32 and _numbers(x, weight) >= least
+    """Whether `weight_gradient` is, for G (N, C', H, W) too. PyTorch's is slower than its convolutions, so that less is needed."""
+    limits = _limits(x, weight, G)
+    least = limits and limits.weights.get(torch.get_num_threads())
+    return bool(least) and min(weight.shape[:2]) >= 32 and _numbers(x, weight) >= least
 
 
-def _applies(x, weight, *others) -> bool:
-    """Whether x (N, C, H, W) and weight (C', C, k, k) are of the kind that was measured; `others` enter the same products."""
+def _limits(x, weight, *others) -> Limits | None:
+    """Those of this CPU, if x (N, C, H, W) and weight (C', C, k, k) are of the kind that was measured; `others` enter the same
+    products."""
     if x.device.type != "cpu" or any(torch._C._functorch.is_batchedtensor(t) for t in (x, weight, *others)):
-        return False                                                                           # vmap takes no buffers
-    return (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and max(weight.shape[:2]) <= 128
-            and len(x) >= 8 and min(x.shape[2:]) > 20 and not x.is_contiguous()
-            and x.is_contiguous(memory_format=torch.channels_last) and torch.backends.cpu.get_cpu_capability() == "AVX2")
+        return None                                                                            # vmap takes no buffers
+    if not (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and len(x) >= 8 and min(x.shape[2:]) > 20
+            and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    limits = LIMITS.get(torch.backends.cpu.get_cpu_capability())
+    return limits if limits and max(weight.shape[:2]) <= limits.channels else None
 
 
 def _numbers(x, weight) -> int:
-    """Numbers of a plane's tiles times channels, 36 of which are held in each buffer: few do not pay, many leave the cache."""
     return -(-x.shape[2] // 4) * -(-x.shape[3] // 4) * max(weight.shape[:2])
 
 

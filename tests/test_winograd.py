@@ -74,22 +74,42 @@ def avx2(monkeypatch):
     return monkeypatch
 
 
+def planes(channels, side, images=8):
+    return torch.zeros(images, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+
+def kernel(channels, k=3):
+    return torch.zeros(channels, channels, k, k)
+
+
+def both(x, w):
+    return winograd.pays(x, w), winograd.pays_for_weights(planes(len(w), x.shape[2], len(x)), x, w)
+
+
 def test_it_is_for_large_channels_last_float32_planes_on_avx2(avx2):
-    planes = lambda channels, side, images=8: torch.zeros(images, channels, side, side).contiguous(memory_format=torch.channels_last)
-    weight = lambda channels, k=3: torch.zeros(channels, channels, k, k)
-    both = lambda x, w: (winograd.pays(x, w), winograd.pays_for_weights(planes(len(w), x.shape[2], len(x)), x, w))
     large = planes(64, 42)
-    assert both(large, weight(64)) == both(planes(128, 21), weight(128)) == (True, True)
-    assert both(planes(64, 21), weight(64)) == both(planes(32, 42), weight(32)) == both(planes(64, 84), weight(64)) == (False, True)
-    for x, w in ((large.contiguous(), weight(64)), (large.double(), weight(64).double()), (large, weight(64, 5)),
-                 (large.bfloat16(), weight(64).bfloat16()), (planes(64, 42, images=4), weight(64)), (planes(64, 10), weight(64)), (planes(32, 24), weight(32)),
-                 (planes(128, 16), weight(128)), (planes(512, 8), weight(512)), (planes(256, 42), weight(256)),
-                 (planes(3, 84), torch.zeros(64, 3, 3, 3))):
+    assert both(large, kernel(64)) == both(planes(128, 21), kernel(128)) == (True, True)
+    assert both(planes(64, 21), kernel(64)) == both(planes(32, 42), kernel(32)) == both(planes(64, 84), kernel(64)) == (False, True)
+    for x, w in ((large.contiguous(), kernel(64)), (large.double(), kernel(64).double()), (large, kernel(64, 5)),
+                 (large.bfloat16(), kernel(64).bfloat16()), (planes(64, 42, images=4), kernel(64)), (planes(64, 10), kernel(64)),
+                 (planes(32, 24), kernel(32)), (planes(128, 16), kernel(128)), (planes(512, 8), kernel(512)),
+                 (planes(256, 42), kernel(256)), (planes(3, 84), torch.zeros(64, 3, 3, 3))):
         assert both(x, w) == (False, False)
     avx2.setattr(torch, "get_num_threads", lambda: 2)
-    assert both(large, weight(64)) == (False, True) and both(planes(64, 21), weight(64)) == (False, False)
+    assert both(large, kernel(64)) == (False, True) and both(planes(64, 21), kernel(64)) == (False, False)
+
+
+def test_with_avx512_larger_planes_and_more_channels_are_taken_by_one_thread(avx2):
     avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert both(large, weight(64)) == (False, False)
+    for channels, side in ((64, 42), (64, 84), (64, 28), (128, 21), (128, 112), (256, 28), (320, 21)):
+        assert both(planes(channels, side), kernel(channels)) == (True, True)
+    assert both(planes(64, 21), kernel(64)) == both(planes(32, 84), kernel(32)) == (False, True)
+    for x, w in ((planes(640, 21), kernel(640)), (planes(256, 14), kernel(256)), (planes(32, 24), kernel(32))):
+        assert both(x, w) == (False, False)
+    avx2.setattr(torch, "get_num_threads", lambda: 2)
+    assert both(planes(64, 42), kernel(64)) == (False, False)
+    avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert both(planes(64, 42), kernel(64)) == (False, False)
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0), (None, 0), (0, None)], ids=["both", "weights", "images"])
