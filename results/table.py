@@ -267,8 +267,7 @@ def device(r):
 
 def speeds():
     """Of each machine the whole run, then what was timed apart; a table shows a figure of the first file that has it."""
-    files = [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"), key=lambda path: path.stem)]
-    return [{"cpu_capability": "AVX-512, older code"} | file for file in files]       # which did not note it yet
+    return [json.loads(path.read_text()) for path in sorted(HERE.glob("speed-*.json"), key=lambda path: path.stem)]
 
 
 def machine(s):
