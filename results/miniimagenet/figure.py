@@ -18,7 +18,9 @@ sys.path.insert(0, str(HERE.parent))
 from table import PAPER  # noqa: E402
 
 RUNS = {"84px-modgrad-50k": ("ModGrad, conv3 and conv4, alpha 0.1", "tab:red"),
-        "84px-maml-conv4-alpha3": ("MAML, conv4 alone, alpha 3", "tab:blue")}
+        "84px-maml-conv4-alpha3": ("MAML, conv4 alone, alpha 3", "tab:blue"),
+        "84px-modgrad-1shot-bf16": ("ModGrad, conv3 and conv4, alpha 0.1", "tab:red"),
+        "84px-maml-1shot": ("MAML, conv4 alone, alpha 3", "tab:blue")}
 
 
 def validations(run: Path) -> list[tuple[float, float, float]]:
@@ -27,20 +29,31 @@ def validations(run: Path) -> list[tuple[float, float, float]]:
     return [(row["episode"], 100 * row["val_accuracy"], 100 * row["val_ci95"]) for row in rows if "val_accuracy" in row]
 
 
-def main() -> None:
-    picture, axes = plt.subplots(figsize=(7, 4), dpi=110)
+def shots(run: Path) -> int:
+    return json.loads((run / "config.json").read_text())["shots"]
+
+
+def panel(axes, k: int) -> None:
+    """The runs with k shots, and the paper's numbers."""
     for name, (label, colour) in RUNS.items():
-        episodes, accuracy, half = zip(*validations(HERE / name))
-        axes.plot(episodes, accuracy, ".-", color=colour, label=label)
-        axes.fill_between(episodes, [a - h for a, h in zip(accuracy, half)], [a + h for a, h in zip(accuracy, half)],
-                          color=colour, alpha=0.15, linewidth=0)
+        if shots(HERE / name) == k:
+            episodes, accuracy, half = zip(*validations(HERE / name))
+            axes.plot(episodes, accuracy, ".-", color=colour, label=label)
+            axes.fill_between(episodes, [a - h for a, h in zip(accuracy, half)], [a + h for a, h in zip(accuracy, half)],
+                              color=colour, alpha=0.15, linewidth=0)
     for method, name, colour in (("modgrad", "ModGrad", "tab:red"), ("maml", "MAML", "tab:blue")):
-        accuracy = float(PAPER[method, "conv4", 5].split()[0])
+        accuracy = float(PAPER[method, "conv4", k].split()[0])
         axes.axhline(accuracy, color=colour, linestyle=":", label=f"paper, {name}: test after 50,000 episodes")
-    axes.set(xlabel="training episodes", ylabel="accuracy on 200 validation tasks, %",
-             title="mini-ImageNet, 5-way 5-shot, Conv-4, 84 pixels")
+    axes.set(xlabel="training episodes", title=f"mini-ImageNet, 5-way {k}-shot, Conv-4, 84 pixels")
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=9)
+
+
+def main() -> None:
+    picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4), dpi=110)
+    panel(left, 5)
+    panel(right, 1)
+    left.set_ylabel("accuracy on 200 validation tasks, %")
+    left.legend(loc="lower right", fontsize=8)
     picture.tight_layout()
     picture.savefig(HERE / "84px.png")
 
