@@ -5,12 +5,14 @@
     python benchmark.py --methods modgrad --profile            # and where the time goes
 
 Contenders, all on 5-way 5-shot Conv-4 with the same weights and episodes, forward, all derivatives and Adam included:
-  ours         train_miniimagenet.meta_step; ours_bf16 the same with --precision bf16, where the device has it
-  ours_compiled    the same with --compile, if the flag --compiled asks for it: compilation takes minutes on a CPU; and on
-               a GPU ours_cuda_graphs, with --compile cuda-graphs
+  ours         train_miniimagenet.meta_step, on a GPU replayed as a CUDA graph; ours_tf32 and ours_bf16 the same with
+               --precision tf32 or bf16, where the device has it
+  ours_launched    on a GPU: the same with --no-cuda-graph
+  ours_compiled    the same with --compile, if the flag --compiled asks for it: compilation takes minutes on a CPU
   naive        tests/naive.py: the equations over the full network, one task after the other, create_graph=True, as public
-               MAML codes do it; naive_bf16 the same under torch.autocast
-  naive_stock  naive in a process of its own whose memory allocator is left as it comes, as published codes run
+               MAML codes do it; naive_tf32 with TF32, which PyTorch's convolutions take on GPUs unless told otherwise;
+               naive_bf16 under torch.autocast
+  naive_stock  on a CPU: naive in a process of its own whose memory allocator is left as it comes, as published codes run
   higher, torchopt    second-order MAML in these libraries (pip install higher==0.2.1 torchopt==0.7.3), where installed
 Their meta-gradients are compared before anything is timed; then they take turns, one meta-step each, so that noise hits
 all alike. Images are synthetic: speed does not depend on what they show.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -46,7 +49,6 @@ WARM_UP = 2         # after the comparison of gradients: the first steps of a pr
 FLOAT64 = 1e-8      # allowed difference of two meta-gradients, relative to their norm, in float64: rounding leaves 1e-14
 FLOAT32 = 0.5       # and in float32, where rounding flips ReLUs and winners of pools, at which the gradient jumps: 1e-5 where
                     # none flips, 0.02 to 0.2 seen after five steps. What this number lets pass, the one above does not
-COMPILED = ["ours_compiled", "ours_cuda_graphs"]
 BF16_EXCESS = 1.5   # ours in bfloat16 may be this much further from float32 than PyTorch's autocast is
 
 
@@ -97,26 +99,34 @@ class Setting:
         images = mini.to_tensor(mini.synthetic_split("val", image_size=self.args.image_size), self.device)
         rng = torch.Generator().manual_seed(0)
         self.batch = mini.sample_episodes(images, tasks, self.args.ways, self.args.shots, self.args.queries, rng)
-        self.compiled = {}      # by mode; compiling takes minutes
+        self.made = {}          # what compiling or recording made, which takes its time
 
-    def ours(self) -> None:
-        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None)
+    def ours(self, **flags) -> None:
+        args = argparse.Namespace(**vars(self.args) | flags)
+        key = tuple(flags.items())
+        if key not in self.made:
+            self.made[key] = mini.make_gradient(self.learner, args, self.device)
+        mini.meta_step(self.learner, self.optimiser, args, self.batch, None, gradient=self.made[key])
+
+    def ours_launched(self) -> None:
+        self.ours(cuda_graph=False)
+
+    def ours_tf32(self) -> None:
+        with tf32():
+            self.ours(precision="tf32")
 
     def ours_bf16(self) -> None:
-        args = argparse.Namespace(**vars(self.args) | {"precision": "bf16"})
-        mini.meta_step(self.learner, self.optimiser, args, self.batch, None)
+        self.ours(precision="bf16")
 
-    def ours_compiled(self, mode: str = "default") -> None:
-        if mode not in self.compiled:
-            args = argparse.Namespace(**vars(self.args) | {"compile": mode})
-            self.compiled[mode] = mini.make_predict(self.learner, args)
-        mini.meta_step(self.learner, self.optimiser, self.args, self.batch, None, predict=self.compiled[mode])
-
-    def ours_cuda_graphs(self) -> None:
-        self.ours_compiled("cuda-graphs")
+    def ours_compiled(self) -> None:
+        self.ours(compile=True)
 
     def naive(self) -> None:
         self.one_by_one(self.naive_loss)
+
+    def naive_tf32(self) -> None:
+        with tf32():
+            self.naive()
 
     def naive_bf16(self) -> None:
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -182,9 +192,21 @@ class Setting:
         return torch.cat([p.grad.flatten() for p in self.learner.parameters()])
 
 
+@contextlib.contextmanager
+def tf32():
+    """Matrix products and convolutions in TF32, as `common.setup` does for --precision tf32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
 def contenders(method: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
     """Names of those that can run here, and of the others with the reason."""
     names, absent = ["ours", "naive"], {}
+    if device.type == "cuda":
+        names += ["ours_launched", "naive_tf32", "ours_tf32"]
     bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     for name in ("naive_bf16", "ours_bf16"):        # this order: the first is the measure of the second
         names.append(name) if bf16 else absent.update({name: "no bfloat16 arithmetic on this device"})
@@ -193,14 +215,19 @@ def contenders(method: str, device: torch.device) -> tuple[list[str], dict[str, 
     return names, absent
 
 
+def is_exact(name: str) -> bool:
+    return not any(word in name for word in ("tf32", "bf16", "compiled"))
+
+
 def check_agreement(setting: Setting, small: Setting, names: list[str]) -> dict[str, float]:
     """Norm of each contender's difference from the naive meta-gradient relative to its norm; raises if one is too large.
 
-    `small` is the same in float64 on small images, where all contenders but the bfloat16 and the compiled one must agree to rounding.
+    `small` is the same in float64 on small images, where all contenders but the compiled one, that are of full precision, must
+    agree to rounding.
     """
     wide = functools.partial(mini.normalise, dtype=torch.float64)
     with mock.patch.object(mini, "normalise", lambda x, dtype=None: wide(x)):
-        for name, error in differences(small, [n for n in names if "bf16" not in n and n not in COMPILED]).items():
+        for name, error in differences(small, [n for n in names if is_exact(n)]).items():
             if not error <= FLOAT64:
                 raise RuntimeError(f"{name} disagrees: in float64 its meta-gradient is off by {error:.1e} of its norm")
     errors = differences(setting, names)
@@ -233,9 +260,9 @@ class FlopCounter(TorchDispatchMode):
 def count_flops(flags: list[str]) -> dict[str, float]:
     """GFLOP of one episode. One task alone, as PyTorch counts the gradients of grouped convolutions too high."""
     setting, counts = Setting(flags, 1), {}
-    for name in ("ours", "naive"):
+    for name, run in (("ours", setting.ours_launched), ("naive", setting.naive)):
         with FlopCounter() as counter:
-            getattr(setting, name)()
+            run()
         counts[name] = counter.flops / 1e9
     return counts
 
@@ -300,6 +327,30 @@ class Worker:
         return json.loads(answer)
 
 
+class Here:
+    """On a GPU the same in this process, as the peak of its memory can be reset and a start takes longer than what is timed."""
+
+    def __init__(self, contender: str, flags: list[str], tasks: int):
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        self.setting = Setting(flags, tasks)
+        self.run = getattr(self.setting, contender)
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_) -> None:
+        del self.setting, self.run
+
+    def step(self) -> dict[str, float]:
+        return timed(self.run, self.setting.device) | {"peak_memory_bytes": peak_memory(self.setting.device)}
+
+
+def worker(contender: str, flags: list[str], tasks: int, device: torch.device) -> Worker | Here:
+    return (Here if device.type == "cuda" else Worker)(contender, flags, tasks)
+
+
 def serve(request: dict) -> None:
     """The other end of Worker."""
     if request["stock"]:
@@ -317,19 +368,21 @@ def measure_case(args: argparse.Namespace, method: str, steps: int) -> dict:
     torch.compiler.reset()      # the compiler keeps eight forms of one function at most, and each case has its own
     setting = Setting(flags, tasks)
     names, absent = contenders(method, setting.device)
-    names += COMPILED[: (2 if setting.device.type == "cuda" else 1) * args.compiled]
+    names += ["ours_compiled"] * args.compiled
     small = Setting([*flags, "--image-size", str(min(32, args.image_size))], 1, torch.float64)
     errors = check_agreement(setting, small, names)
-    times = {name: [] for name in (*names, "naive_stock")}
-    with Worker("naive", flags, tasks, stock=True) as stock:
+    on_cpu = setting.device.type == "cpu"
+    times = {name: [] for name in (*names, *["naive_stock"] * on_cpu)}
+    with Worker("naive", flags, tasks, stock=True) if on_cpu else contextlib.nullcontext() as stock:
         for k in range(WARM_UP + args.repeats):
             for name, taken in times.items():
                 step = stock.step() if name == "naive_stock" else timed(getattr(setting, name), setting.device)
                 taken += [step] if k >= WARM_UP else []
     if args.profile:
         with torch.profiler.profile() as profile:
-            setting.ours()
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+            timed(setting.ours_launched, setting.device)
+        order = f"self_{'cpu' if on_cpu else 'device'}_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None          # what else the machine was doing
     return {"method": method, "inner_steps": steps, "load_average": load, "meta_batch": tasks, "absent": absent,
             "trainable_numbers": sum(p.numel() for p in setting.learner.parameters()), "gflop_per_episode": count_flops(flags),
@@ -343,22 +396,38 @@ def summary(name: str, times: dict[str, list[dict]], tasks: int) -> dict:
     for clock in ("seconds", "cpu_seconds"):
         taken = [turn[clock] for turn in times[name]]
         figures[f"{clock}_per_episode"] = quantiles([t / tasks for t in taken])
-        for mine in {"ours", "ours_bf16", *COMPILED} & times.keys():
+        for mine in (other for other in times if other.startswith("ours")):
             figures[f"{mine}_over_this_{clock}"] = quantiles([turn[clock] / t for turn, t in zip(times[mine], taken)])
     return figures
 
 
-def measure_memory(args: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Peak bytes of our meta-step by meta-batch, whole and one task at a time; each in a fresh process."""
+def measure_memory(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, int]]:
+    """Peak bytes of our meta-step by meta-batch, whole and one task at a time; on a CPU each in a fresh process."""
     peaks = {}
     for tasks in args.memory:
         for key, chunk in (("whole", tasks), ("task_chunk_1", 1)):
-            with Worker("ours", training_flags(args, "--task-chunk", str(chunk)), tasks) as worker:
-                peaks.setdefault(str(tasks), {})[key] = [worker.step() for _ in range(2)][-1]["peak_memory_bytes"]
+            with worker("ours", training_flags(args, "--task-chunk", str(chunk)), tasks, device) as one:
+                peaks.setdefault(str(tasks), {})[key] = [one.step() for _ in range(2)][-1]["peak_memory_bytes"]
     return peaks
 
 
-def measure_scaling(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
+def measure_throughput(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, dict]]:
+    """{meta-batch: {contender: seconds and peak bytes}} of ModGrad, of the meta-batches whose memory is measured."""
+    results = {}
+    for tasks in args.memory:
+        for name in ("ours", "ours_launched", "ours_tf32", "ours_bf16"):
+            with worker(name, training_flags(args), tasks, device) as one:
+                results.setdefault(str(tasks), {})[name] = time_steps(one, args.repeats, tasks)
+    return results
+
+
+def time_steps(one: Worker | Here, repeats: int, tasks: int) -> dict:
+    steps = [one.step() for _ in range(WARM_UP + repeats)][WARM_UP:]
+    return {clock + "_per_episode": quantiles([s[clock] / tasks for s in steps]) for clock in ("seconds", "cpu_seconds")} | {
+        "peak_memory_bytes": steps[-1]["peak_memory_bytes"]}
+
+
+def measure_scaling(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, dict]]:
     """{what grows: {to: seconds and peak bytes}} of ModGrad, one thing at a time, the rest as in the paper, one task."""
     last = lambda n: ["--adapt", *(f"conv{k}.{kind}" for k in range(5 - n, 5) for kind in ("weight", "bias"))]
     points = {"tasks": {n: (n, []) for n in (1, 2, 4, 8)},
@@ -369,11 +438,8 @@ def measure_scaling(args: argparse.Namespace) -> dict[str, dict[str, dict]]:
     results = {}
     for what, values in points.items():
         for value, (tasks, more) in values.items():
-            with Worker("ours", training_flags(args, *more), tasks) as worker:
-                steps = [worker.step() for _ in range(WARM_UP + min(args.repeats, 5))][WARM_UP:]
-            results.setdefault(what, {})[str(value)] = {
-                clock + "_per_episode": quantiles([s[clock] / tasks for s in steps]) for clock in ("seconds", "cpu_seconds")
-            } | {"peak_memory_bytes": steps[-1]["peak_memory_bytes"]}
+            with worker("ours", training_flags(args, *more), tasks, device) as one:
+                results.setdefault(what, {})[str(value)] = time_steps(one, min(args.repeats, 5), tasks)
     return results
 
 
@@ -393,9 +459,11 @@ def measure(args: argparse.Namespace) -> dict:
                 figures["matmul_gflops"][name] = max(rate, figures["matmul_gflops"].get(name, 0.0))
             figures["cases"].append(measure_case(args, method, steps))
             save(args, figures)
-    figures["peak_memory_bytes"] = measure_memory(args)
+    figures["throughput"] = measure_throughput(args, device) if device.type == "cuda" else {}
     save(args, figures)
-    figures["scaling"] = measure_scaling(args) if args.scaling else {}
+    figures["peak_memory_bytes"] = measure_memory(args, device)
+    save(args, figures)
+    figures["scaling"] = measure_scaling(args, device) if args.scaling else {}
     save(args, figures)
     return figures
 
@@ -441,7 +509,7 @@ def report(figures: dict) -> None:
               f"GFLOP an episode (naive {flops['naive']:.1f}), ours at {flops['ours'] / ours / rate:.0%} of the matrix-multiply "
               f"rate of {rate:.0f} GFLOP/s")
         for name, c in case["contenders"].items():
-            ratios = ", ".join(f"{mine} / this {line(c[f'{mine}_over_this_seconds'])}" for mine in ("ours", "ours_bf16")
+            ratios = ", ".join(f"{mine} / this {line(c[f'{mine}_over_this_seconds'])}" for mine in ("ours", "ours_tf32", "ours_bf16")
                                if f"{mine}_over_this_seconds" in c)
             print(f"  {name:12} {line(c['seconds_per_episode'])} s/episode (CPU {c['cpu_seconds_per_episode']['median']:.3f}); "
                   f"{ratios}; gradient off by {c['gradient_difference']:.0e}")
@@ -450,8 +518,11 @@ def report(figures: dict) -> None:
     for tasks, peak in figures["peak_memory_bytes"].items():
         print(f"peak memory, meta-batch {tasks}: {peak['whole'] / 2**30:.2f} GiB whole, "
               f"{peak['task_chunk_1'] / 2**30:.2f} GiB with --task-chunk 1")
+    for tasks, of in figures["throughput"].items():
+        print(f"meta-batch {tasks}: " + "; ".join(f"{name} {1 / p['seconds_per_episode']['median']:.1f} episodes/s, "
+                                                  f"{p['peak_memory_bytes'] / 2**30:.2f} GiB" for name, p in of.items()))
     for what, points in figures["scaling"].items():
-        print(f"{what}: " + "; ".join(f"{value}: {p['seconds_per_episode']['median']:.2f} s/episode, "
+        print(f"{what}: " + "; ".join(f"{value}: {p['seconds_per_episode']['median']:.3g} s/episode, "
                                       f"{p['peak_memory_bytes'] / 2**30:.2f} GiB" for value, p in points.items()))
     for case in figures["cases"][:1]:
         print(f"\nmany devices, by arithmetic: {data_parallel(case)}")

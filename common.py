@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -166,6 +167,75 @@ def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
+class CudaGraph:
+    """A computation on a GPU, recorded with its backward pass at once and replayed by one launch at each call.
+
+    function(*inputs) -> a tensor; it may leave gradients in `parameters`, which each call finds there. It must not read a number
+    from the GPU or draw random ones, and calls must bring the shapes of `inputs`, the first ones.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor],
+                 parameters: Iterable[torch.Tensor] = ()):
+        self.inputs, self.parameters = [t.clone() for t in inputs], list(parameters)
+        others = torch.cuda.Stream()                                                  # as PyTorch asks for before recording
+        others.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(others):
+            for _ in range(2):                                                        # kernels are compiled and chosen now
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(others)
+        for p in self.parameters:
+            p.grad = None                                                             # the recording makes its own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+        self.gradients = [p.grad for p in self.parameters]
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        for p, gradient in zip(self.parameters, self.gradients):
+            p.grad = gradient
+        return self.output.clone()
+
+
+class Aside:
+    """function(*inputs), a tensor, computed on a GPU beside what comes next there, until it is asked for by `result()`.
+
+    Its backward pass, too, goes beside the rest, as autograd repeats the order of the streams. Elsewhere it is simply computed.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
+        self.main = None
+        if inputs[0].device.type != "cuda" or torch.compiler.is_compiling():
+            self.value = function(*inputs)
+            return
+        self.main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
+        side.wait_stream(self.main)
+        with torch.cuda.stream(side):
+            self.value = function(*inputs)
+        self.done = side.record_event()
+        for t in inputs:
+            t.record_stream(side)          # not to be given to others while it is still read there
+        self.value.record_stream(self.main)
+
+    def result(self) -> torch.Tensor:
+        if self.main is not None:
+            self.main.wait_event(self.done)
+        return self.value
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def join_streams(device: torch.device) -> None:
+    """Let the current stream of a GPU wait for all that `Aside` began, backward passes included."""
+    if device.type == "cuda":
+        torch.cuda.current_stream().wait_stream(_side_stream(device))
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed blocks: mapping and unmapping a step's activations took a third of its time on a CPU."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
@@ -292,7 +362,7 @@ def first_of_machine() -> Iterator[None]:
 # --- run folder ------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {"resume", "out", "max_minutes", "device", "threads", "test_split", "test_episodes", "test_images", "eval_batch",
-              "download", "checkpoint_every", "kernel", "task_chunk", "compile", "data"}      # settings that a resumed run may change
+              "download", "checkpoint_every", "kernel", "task_chunk", "compile", "cuda_graph", "data"}      # settings that a resumed run may change
 
 
 def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] = frozenset()) -> tuple[Path, dict | None]:
@@ -563,8 +633,10 @@ def _set_state(part, state) -> None:
             part.set_state(state)
         except RuntimeError:
             raise UsageError(f"the run's noise was drawn on another kind of device than {part.device}: resume it there") from None
-    else:
-        part.load_state_dict(state)
+    else:      # which of PyTorch's implementations computes the update is this device's affair
+        groups = [saved | {"fused": own["fused"]} if "fused" in own else saved
+                  for saved, own in zip(state["param_groups"], part.param_groups)]
+        part.load_state_dict(state | {"param_groups": groups})
 
 
 # --- statistics, machine, figures ------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import batch_norm, conv2d, first_block, modulated_step, takes_first_block
+from kernels import batch_norm, conv2d, first_block, first_blocks, modulated_step, takes_first_block
 
 Tensors = dict[str, Tensor]
 
@@ -559,6 +559,8 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
             images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
             blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
         return (blocks[0] if tasks == 1 else torch.cat(blocks)).unflatten(0, (tasks, -1))
+    if support is None and takes_first_block(x):
+        return first_blocks(x, *per_task)
     return _task_groups(_norm_pool(_task_conv(x.transpose(0, 1).flatten(1, 2), weight, tasks),
                                    gamma=per_task[1].flatten(), beta=per_task[2].flatten(), support=support), tasks)
 

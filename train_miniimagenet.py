@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, DownloadError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array,
+from common import (Aside, CudaGraph, DataError, DownloadError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array,
                     copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
-                    from_first_rank, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
+                    from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
                     positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
                     sum_over_ranks, to_device, write_result)
 from kernels import resolve_backend
@@ -130,8 +130,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                        help="training tasks in all (default: 50,000, resnet34 100,000, as in the paper)")
     train.add_argument("--meta-batch", type=positive_int, default=3, help="tasks per outer update (released code: 3)")
     train.add_argument("--task-chunk", type=positive_int, help="tasks held in memory at once (default: all)")
-    train.add_argument("--compile", nargs="?", const="default", choices=("default", "cuda-graphs"),
-                       help="compile the meta-step (minutes at the start); cuda-graphs also replays it without launch costs")
+    train.add_argument("--compile", action="store_true", help="compile the meta-step (minutes at the start)")
+    train.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, help="record the meta-step once and replay it, so "
+                       "that no operation is launched singly (default: on CUDA, where nothing forbids it)")
     train.add_argument("--updates", type=positive_int, help="of pretrain (60,000: 100 epochs), counted where others count episodes")
     train.add_argument("--batch-size", type=positive_int, help="images of an update of pretrain (64)")
     train.add_argument("--meta-lr", type=positive_float, help="Adam's rate for theta and psi (default: 1e-3, as in the paper); "
@@ -174,8 +175,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(f"--{flag.replace('_', '-')} is a variant of ModGrad's context update: use --method modgrad")
     if args.compile and args.gradient_noise:
         raise UsageError("--compile cannot draw --gradient-noise from the run's own generator: leave one of them out")
-    if args.compile == "cuda-graphs" and args.task_chunk:
-        raise UsageError("--compile cuda-graphs reuses its gradients' memory: leave out --task-chunk")
+    if args.cuda_graph and (args.gradient_noise or pretraining):
+        raise UsageError("--cuda-graph is for meta-training without --gradient-noise, which is drawn anew for each step")
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
@@ -766,8 +767,11 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
     theta, (tasks, support) = learner.theta, support_x.shape[:2]
     if not learner.adapted:
         return nearest_mean(*features_of(learner, args, support_x, query_x), support_y, args.ways)
+    prefix = functools.partial(learner.prefix, theta)
+    transductive = args.batch_norm == "transductive"
     with torch.set_grad_enabled(train):
-        features = learner.prefix(theta, support_x)
+        query = Aside(prefix, query_x) if transductive and query_x.is_cuda else None
+        features = prefix(support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
         rate, generator = (learner.generator(), None) if args.method == "metasgd" else (args.inner_lr, learner.generator)
         adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, rate, generator,
@@ -775,10 +779,10 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
                         normalise_context=args.normalise_context, noise_std=args.gradient_noise, rng=rng,
                         differentiable=train, kernel=args.kernel)
         adapted = {**theta, **adapted}
-        if args.batch_norm == "transductive":
-            return learner.suffix(adapted, learner.prefix(theta, query_x))
+        if transductive:
+            return learner.suffix(adapted, query.result() if query else prefix(query_x))
         both = torch.cat([support_x, query_x], 1)
-        return learner.suffix(adapted, learner.prefix(theta, both, support), support)[:, support:]
+        return learner.suffix(adapted, prefix(both, support), support)[:, support:]
 
 
 @torch.no_grad()
@@ -810,30 +814,59 @@ def to_input(x: Tensor, args: argparse.Namespace) -> Tensor:
 def make_predict(learner: Learner, args: argparse.Namespace) -> Callable[..., Tensor]:
     """adapt_and_predict for training, compiled if the flags say so: its inner gradients are traced into the same graph."""
     predict = functools.partial(adapt_and_predict, learner, args, train=True)
-    if not args.compile:
-        return predict
-    mode = "reduce-overhead" if args.compile == "cuda-graphs" else None
-    return torch.compile(predict, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(predict, fullgraph=True, dynamic=False) if args.compile else predict
 
 
-def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, episode_batch,
-              rng: torch.Generator | None, tasks: int | None = None, predict: Callable[..., Tensor] | None = None) -> Tensor:
-    """One outer update on a meta-batch, `--task-chunk` tasks at a time: returns (loss, accuracy), (2,) on the device.
+def meta_gradient(learner: Learner, args: argparse.Namespace, episode_batch, rng: torch.Generator | None = None,
+                  tasks: int | None = None, predict: Callable[..., Tensor] | None = None) -> Tensor:
+    """Leave the meta-gradient of a meta-batch in the parameters, `--task-chunk` tasks at a time: returns (loss, accuracy), (2,).
 
-    Of several ranks each brings its share, maybe none, of the meta-batch's `tasks`; loss and accuracy are of them all.
+    Of several ranks each brings its share, maybe none, of the meta-batch's `tasks`, by which everything is divided.
     `predict` is make_predict's, which is costly to make anew when it is compiled.
     """
     share, predict = len(episode_batch[0]), predict or make_predict(learner, args)
     tasks = tasks or share
     totals = torch.zeros(2, device=episode_batch[0].device)
-    optimiser.zero_grad(set_to_none=True)
+    for p in learner.parameters():
+        p.grad = None
     for chunk in zip(*(part.split(args.task_chunk or share) for part in episode_batch)) if share else ():
         support_x, support_y, query_x, query_y = chunk
         logits = predict(to_input(support_x, args), support_y, to_input(query_x, args), rng if args.gradient_noise else None)
         loss = cross_entropy(logits, query_y).sum() / tasks
         loss.backward()
+        join_streams(loss.device)
         hits = (logits.detach().argmax(-1) == query_y).float().mean(1).sum() / tasks
         totals += torch.stack([loss.detach(), hits])
+    return totals
+
+
+def make_gradient(learner: Learner, args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
+    """meta_gradient(episode_batch, rng, tasks), on a GPU recorded as a CUDA graph unless the flags forbid it."""
+    gradient = functools.partial(meta_gradient, learner, args, predict=make_predict(learner, args))
+    graph = device.type == "cuda" and not args.gradient_noise if args.cuda_graph is None else args.cuda_graph
+    if not graph:
+        return gradient
+    recorded = {}       # by the sizes of the batch; the last one of a run may be smaller
+
+    def replayed(episode_batch, rng=None, tasks=None):
+        key = tuple(part.shape for part in episode_batch), tasks
+        if not len(episode_batch[0]):
+            return gradient(episode_batch, rng, tasks)
+        if key not in recorded:
+            recorded[key] = CudaGraph(lambda *batch: gradient(batch, None, tasks), episode_batch, learner.parameters())
+        return recorded[key](*episode_batch)
+
+    return replayed
+
+
+def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, episode_batch,
+              rng: torch.Generator | None, tasks: int | None = None, gradient: Callable[..., Tensor] | None = None) -> Tensor:
+    """One outer update: returns (loss, accuracy), (2,) on the device, of the whole meta-batch where several ranks share it.
+
+    `gradient` is make_gradient's, which is costly to make anew when it is compiled or recorded.
+    """
+    gradient = gradient or functools.partial(meta_gradient, learner, args)
+    totals = gradient(episode_batch, rng, tasks or len(episode_batch[0]))
     sum_gradients(learner.parameters(), totals)
     optimiser.step()
     return totals
@@ -885,11 +918,11 @@ def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dic
         optimiser = torch.optim.SGD(learner.parameters(), args.meta_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         rate = lambda done: args.meta_lr * (1 + math.cos(math.pi * done / args.updates)) / 2
     else:
-        optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr)
+        optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=device.type == "cuda")
         rate = lambda done: args.meta_lr * 0.5 ** (done // args.meta_lr_halve_every)
     episode_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
-    predict = make_predict(learner, args)
+    gradient = make_gradient(learner, args, device)
     now = {unit: 0, "seconds": 0.0, "best_accuracy": -1.0, f"best_{unit}": 0, "best": None, "pending": [], "stopped": None}
     kept = {"optimiser": optimiser, "episode_rng": episode_rng}
     if args.gradient_noise:      # on its device: only without noise can a run be resumed on another kind of device
@@ -904,7 +937,7 @@ def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dic
                 losses = pretrain_step(learner, optimiser, args, *draw_images(args, splits["train"], episode_rng))
             else:
                 batch = draw_episodes(args, splits["train"], count, episode_rng)
-                losses = meta_step(learner, optimiser, args, batch, noise_rng, count, predict)
+                losses = meta_step(learner, optimiser, args, batch, noise_rng, count, gradient)
             training.advance(losses)
             if training.due(args.log_every):
                 loss, accuracy = training.log("loss", "accuracy")
@@ -981,6 +1014,8 @@ def main(argv: list[str] | None = None) -> None:
     splits, dataset, synthetic = load_data(args, device)
     try:
         backend = resolve_backend(args.kernel, device)
+        if args.cuda_graph and device.type != "cuda":
+            raise ValueError(f"--cuda-graph needs a CUDA device, this is {device}")
         learner = build_learner(args, device, len(splits["train"]))
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from None

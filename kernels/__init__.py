@@ -4,7 +4,7 @@ whose second derivatives are cheap."""
 from kernels.layers import batch_norm, conv2d
 from kernels.modulate import (modulate, modulate_reference, modulated_step, modulated_step_reference,
                               resolve_backend)
-from kernels.stem import first_block, takes_first_block
+from kernels.stem import first_block, first_blocks, takes_first_block
 
-__all__ = ["batch_norm", "conv2d", "first_block", "modulate", "modulate_reference", "modulated_step",
+__all__ = ["batch_norm", "conv2d", "first_block", "first_blocks", "modulate", "modulate_reference", "modulated_step",
            "modulated_step_reference", "resolve_backend", "takes_first_block"]

@@ -30,7 +30,8 @@ from kernels.layers import conv2d
 
 LAYERS = {"conv1": (3, 64, 84), "conv2": (64, 64, 42), "conv3": (64, 64, 21), "conv4": (64, 64, 10)}   # C, C', H = W
 PASSES = {"forward": 1, "first derivatives": 2, "second derivatives": 4}                  # convolutions of each
-TOLERANCE = 1e-4        # of the largest entry: float32 sums over up to N H W = 176,400 terms leave 1e-6 to 1e-5
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}      # of the largest entry: float32 sums over up to N H W = 176,400
+                                                            # terms leave 1e-6 to 1e-5; the others are rounded before each product
 
 
 class Form(NamedTuple):
@@ -90,7 +91,7 @@ def unpacked(form: Form, name_of_pass: str, results, parts: int) -> list[torch.T
     return groups + results
 
 
-def check_agreement(contenders: dict[str, Form], data: list[torch.Tensor]) -> None:
+def check_agreement(contenders: dict[str, Form], data: list[torch.Tensor], precision: str = "fp32") -> None:
     """Raise RuntimeError where a form's result differs from `loop` in float64 by more than TOLERANCE of the largest entry."""
     loop = contenders["loop"]
     exact = passes(loop, *(t.double() for t in data))
@@ -100,23 +101,24 @@ def check_agreement(contenders: dict[str, Form], data: list[torch.Tensor]) -> No
             true = unpacked(loop, name_of_pass, exact[name_of_pass](), len(data[0]))
             for a, b in zip(unpacked(form, name_of_pass, ours[name_of_pass](), parts), true, strict=True):
                 error = ((a.double() - b).abs().max() / b.abs().max()).item()
-                if not error <= TOLERANCE:
+                if not error <= TOLERANCE[precision]:
                     raise RuntimeError(f"{name}, {name_of_pass}: off by {error:.1e} of the largest entry; nothing was timed")
 
 
-def make_data(layer: tuple[int, int, int], tasks: int, images: int, device: torch.device) -> list[torch.Tensor]:
+def make_data(layer: tuple[int, int, int], tasks: int, images: int, device: torch.device,
+              dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     channels, out, side = layer
     generator = torch.Generator().manual_seed(0)
     x, w = (tasks, images, channels, side, side), (tasks, out, channels, 3, 3)
     shapes = x, w, (tasks, images, out, side, side), x, w
-    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
     """One row a pass and form for one layer."""
     channels, out, side = LAYERS[name]
-    data, contenders = make_data(LAYERS[name], args.tasks, args.images, device), forms(args.tasks)
-    check_agreement(contenders, data)
+    data, contenders = make_data(LAYERS[name], args.tasks, args.images, device, dtype_of(args.precision)), forms(args.tasks)
+    check_agreement(contenders, data, args.precision)
     functions = {form: passes(contenders[form], *data) for form in contenders}
     timer, rows = time_on_gpu if device.type == "cuda" else time_on_cpu, []
     for name_of_pass, convolutions in PASSES.items():
@@ -128,6 +130,10 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[d
     return rows
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def parser_with_flags(description: str, layers: dict) -> argparse.ArgumentParser:
     """The flags that this command and `python -m kernels.blocks` share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +141,8 @@ def parser_with_flags(description: str, layers: dict) -> argparse.ArgumentParser
     parser.add_argument("--layers", nargs="+", choices=tuple(layers), default=list(layers), help="of Conv-4 at 84 pixels")
     parser.add_argument("--images", type=int, default=25, help="N, images of a task (25: 5 ways, 5 shots)")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--precision", choices=tuple(TOLERANCE), default="fp32", help="tf32: on GPUs, float32 with products of "
+                        "10-bit mantissas")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each figure")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser
@@ -145,11 +153,12 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
     leaves what it has. figures: row -> its text after the times."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     keep_freed_memory()                                      # as the training scripts do
     device = select_device(args.device)
     about, rows = describe(device, module) | more, []
     print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); "
-          + ", ".join(f"{count} {what}" for what, count in more.items()))
+          + ", ".join(f"{what} {value}" for what, value in more.items()))
     for name in args.layers:
         for row in measure(name, args, device):
             rows.append(row)
@@ -165,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.tasks, args.images, args.threads or 1) < 1:
         parser.error("--tasks, --images and --threads must be at least 1")
-    run(args, "kernels.convolutions", measure, {"tasks": args.tasks, "images": args.images},
+    run(args, "kernels.convolutions", measure, {"tasks": args.tasks, "images": args.images, "precision": args.precision},
         lambda row: f"{row['gflops']:6.1f} GFLOP/s, {row['times_faster_than_loop']:.2f} x loop")
 
 

@@ -19,14 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from kernels import stem_gpu
+
 MOST_CHANNELS = 4                # of the images; patches of more are no small matter
 POOL = [2, 2], [2, 2], [0, 0], [1, 1], False         # window, stride, padding, dilation, no rounding up
 CACHED = 2 ** 19                 # numbers of a convolution's output that are worked on at a time
 
 
 def takes_first_block(x) -> bool:
-    """Whether x (N, C, H, W) are images for which `first_block` pays, here and now."""
-    return (x.device.type == "cpu" and x.shape[1] <= MOST_CHANNELS and not x.requires_grad
+    """Whether x (..., C, H, W) are images for which `first_block` pays, or `first_blocks` on a GPU, here and now."""
+    known = x.device.type == "cpu" or x.is_cuda and stem_gpu.triton is not None and x.dtype in (torch.float32, torch.bfloat16)
+    return (known and x.shape[-3] <= MOST_CHANNELS and not x.requires_grad
             and not torch.compiler.is_compiling())          # the compiler does not take Functions inside torch.func
 
 
@@ -40,13 +43,32 @@ def first_block(images, weight, gamma, beta, eps: float = 1e-5):
     """
     if images.requires_grad:
         raise ValueError("first_block is for images that need no gradient: use conv2d and batch_norm")
-    mean, covariance = patch_moments(images.detach(), weight.shape[-1])
-    flat = weight.flatten(1).double()                                                                # (C', C k k)
-    variance = ((flat @ covariance) * flat).sum(1).clamp_min(0)
+    weight, shift = _with_norm(*patch_moments(images.detach(), weight.shape[-1]), weight, gamma, beta, eps)
+    return _ConvPoolRelu.apply(images, weight.to(images.dtype), shift.to(images.dtype))[0]
+
+
+def first_blocks(images, weight, gamma, beta, eps: float = 1e-5):
+    """`first_block` of each of T tasks in a few launches on a GPU: images (T, N, C, H, W), float32 or bfloat16, weight
+    (T, C', C, k, k), gamma and beta (T, C') -> (T, N, C', H/2, W/2), a view of (N, T, C', H/2, W/2)."""
+    if images.requires_grad:
+        raise ValueError("first_blocks is for images that need no gradient: use conv2d and batch_norm")
+    images = images.contiguous()
+    products = stem_gpu.moments(images, weight.shape[-1])
+    products = products / products[:, -1:, -1:]                                               # by the number of pixels
+    mean = products[:, -1, :-1]
+    covariance = products[:, :-1, :-1] - mean.unsqueeze(2) * mean.unsqueeze(1)
+    weight, shift = _with_norm(mean, covariance, weight, gamma, beta, eps)
+    return _Pooled.apply(images, weight.to(images.dtype), shift.to(images.dtype))[0].transpose(0, 1)
+
+
+def _with_norm(mean, covariance, weight, gamma, beta, eps: float):
+    """Weights and shifts of a convolution that batch norm has joined, float64: mean (..., K) and covariance (..., K, K) of the
+    patches, weight (..., C', C, k, k), gamma and beta (..., C')."""
+    flat = weight.flatten(-3).double()                                                               # (..., C', K)
+    variance = ((flat @ covariance) * flat).sum(-1).clamp_min(0)
     scale = gamma * torch.rsqrt(variance + eps)
-    shift = beta - scale * (flat @ mean)
-    dtype = images.dtype
-    return _ConvPoolRelu.apply(images, (weight * scale[:, None, None, None]).to(dtype), shift.to(dtype))[0]
+    shift = beta - scale * (flat @ mean.unsqueeze(-1)).squeeze(-1)
+    return weight * scale[..., None, None, None], shift
 
 
 def patch_moments(images, k: int):
@@ -152,3 +174,45 @@ class _ConvPoolReluBackward(Function):
             places = winners.permute(0, 2, 3, 1)                                                         # (n, H/2, W/2, C')
             parts.append(planes.flatten(1, 2).gather(1, places.flatten(1, 2)).unflatten(1, places.shape[1:3]))
         return torch.cat(parts).permute(0, 3, 1, 2) * (y > 0), None, None, None, None
+
+
+class _Pooled(Function):
+    """`stem_gpu.pooled`: (x, weight, shift) -> y, winners."""
+
+    @staticmethod
+    def forward(x, weight, shift):
+        return stem_gpu.pooled(x, weight, shift)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _ = inputs
+        ctx.save_for_backward(x, *output)
+        ctx.size = weight.shape[-1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, D, _):
+        return (None, None, None) if D is None else (None, *_PooledBackward.apply(D, *ctx.saved_tensors, ctx.size))
+
+
+class _PooledBackward(Function):
+    """(D, x, y, winners, k) -> dW, dc, linear in D, as `_ConvPoolReluBackward`."""
+
+    @staticmethod
+    def forward(D, x, y, winners, k):
+        return tuple(t.to(D.dtype) for t in stem_gpu.gradients(x, D, y, winners, k))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.weight_shape, ctx.shift_shape = (t.shape for t in output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, V, p):
+        if V is None and p is None:
+            return None, None, None, None, None
+        x, y, winners = ctx.saved_tensors
+        V, p = (x.new_zeros(shape) if t is None else t for t, shape in ((V, ctx.weight_shape), (p, ctx.shift_shape)))
+        return stem_gpu.chosen(x, V.to(x.dtype), p.to(x.dtype), y, winners), None, None, None, None

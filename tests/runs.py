@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import torch
 import common
 
 ROOT = Path(__file__).resolve().parent.parent
+ON_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}      # where runs repeat bit for bit; tests/test_cuda.py is for GPUs
 
 
 def script(name, *flags, cwd=ROOT):
-    """A script as its users start it, to its end."""
+    """A script as its users start it, on a CPU, to its end."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300)
+                          timeout=300, env=ON_CPU)
 
 
 def refusal(main, *flags):
@@ -44,7 +46,7 @@ def complete(name, *flags, home):
 def interrupt(number, name, *flags, out, log_lines=0):
     """Start a run in `out` and send it signal `number` as soon as it has a checkpoint and so many lines of log."""
     process = subprocess.Popen([sys.executable, str(ROOT / name), *map(str, flags), "--out", str(out)], cwd=out.parent,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ON_CPU)
     deadline = time.monotonic() + 120
     while not ((out / "checkpoint.pt").exists() and (out / "log.jsonl").read_text().count("\n") >= log_lines):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -32,6 +32,7 @@ def synthetic(monkeypatch):
 
 def call(monkeypatch, script, *arguments):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)           # what is compared with is on the CPU
     script.main()
 
 

@@ -1,4 +1,4 @@
-"""Runs `test_kernels_derivatives.py` in Triton's interpreter, to be chosen before Triton is imported."""
+"""Runs the tests of the Triton kernels in Triton's interpreter, to be chosen before Triton is imported."""
 
 import os
 import subprocess
@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("file", ["test_kernels_derivatives.py", "test_stem_gpu.py"])
+def test_kernels_in_the_interpreter(file):
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-               str(ROOT / "tests" / "test_kernels_derivatives.py")]
+               str(ROOT / "tests" / file)]
     # The interpreter is for CPU tensors; the GPU, where there is one, is used by the file's own run.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

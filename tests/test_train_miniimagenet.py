@@ -110,9 +110,10 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
         predict = mini.make_predict(learner, args)
         if path == "compiled":
             predict = torch.compile(predict, fullgraph=True, dynamic=False, backend="aot_eager")
+        gradient = functools.partial(mini.meta_gradient, learner, args, predict=predict)
         optimiser, rng = torch.optim.Adam(learner.parameters(), 1e-3), torch.Generator().manual_seed(0)
         batches = [mini.sample_episodes(images, 2, 5, 5, 5, rng) for _ in range(30)]
-        return torch.stack([mini.meta_step(learner, optimiser, args, batch, None, predict=predict)[0] for batch in batches])
+        return torch.stack([mini.meta_step(learner, optimiser, args, batch, None, gradient=gradient)[0] for batch in batches])
 
     images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
     monkeypatch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)     # no tensor is too small for the closed forms
@@ -140,7 +141,8 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
     (["--method", "maml", "--refine"], "--refine"),
     (["--method", "maml", "--normalise-context"], "--normalise-context"),
     (["--compile", "--gradient-noise", "0.1"], "--gradient-noise"),
-    (["--compile", "cuda-graphs", "--task-chunk", "1"], "--task-chunk"),
+    (["--cuda-graph", "--gradient-noise", "0.1"], "--gradient-noise"),
+    (["--cuda-graph", "--device", "cpu"], "--cuda-graph"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
     (["--device", "cuda:99"], "cuda"),
     (["--episodes", "0"], "episodes"),

@@ -1,0 +1,105 @@
+"""What only a GPU can show: whole meta-steps there against the CPU's and against each other. Skipped without one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_miniimagenet as mini
+from common import read_log
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = torch.device("cuda")
+TINY = ["--image-size", "32", "--channels", "16", "--context-dim", "16", "--queries", "5"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return mini.synthetic_split("val", image_size=32)
+
+
+def trajectory(images, device, steps, *flags, dtype=torch.float32):
+    """(loss, accuracy) of each step, (steps, 2), and the learner."""
+    args = mini.parse_flags([*TINY, "--device", str(device), *flags])
+    mini.setup(args)
+    learner = mini.build_learner(args, device)
+    learner = learner._replace(theta={name: torch.nn.Parameter(t.detach().to(dtype)) for name, t in learner.theta.items()},
+                               generator=learner.generator and learner.generator.to(dtype))
+    gradient = mini.make_gradient(learner, args, device)
+    optimiser, rng, data = torch.optim.Adam(learner.parameters(), 1e-3), torch.Generator().manual_seed(0), mini.to_tensor(images, device)
+    totals = [mini.meta_step(learner, optimiser, args, mini.draw_episodes(args, data, 2, rng), None, gradient=gradient)
+              for _ in range(steps)]
+    return torch.stack(totals).cpu(), learner
+
+
+@pytest.mark.parametrize("method", ["modgrad", "maml", "metasgd"])
+@pytest.mark.parametrize("graph", ["--cuda-graph", "--no-cuda-graph"])
+def test_the_first_gradient_is_the_cpus_in_float64(graph, method, images, monkeypatch):
+    monkeypatch.setattr(mini, "normalise", lambda x, dtype=None, own=mini.normalise: own(x, torch.float64))
+    here, there = (trajectory(images, device, 1, "--method", method, "--inner-steps", "2", *flags, dtype=torch.float64)
+                   for device, flags in ((torch.device("cpu"), []), (CUDA, [graph])))
+    torch.testing.assert_close(there[0], here[0].to(there[0].dtype), rtol=1e-5, atol=0)         # kept in float32
+    for name, p in here[1].theta.items():
+        assert ((there[1].theta[name].grad.cpu() - p.grad).norm() <= 1e-9 * p.grad.norm().clamp_min(1e-9)), name
+
+
+@pytest.mark.parametrize("method", ["modgrad", "maml"])
+def test_a_replayed_trajectory_of_thirty_steps_is_the_launched_one(method, images):
+    """Every loss, and the weights at the end; cuDNN may add in another order from call to call."""
+    flags = ["--method", method, "--inner-steps", "1"]
+    (launched, a), (replayed, b) = (trajectory(images, CUDA, 30, *flags, graph) for graph in ("--no-cuda-graph", "--cuda-graph"))
+    torch.testing.assert_close(replayed[:, 0], launched[:, 0], rtol=2e-3, atol=0)
+    assert launched[0, 0] != launched[-1, 0]                                                      # something was learned
+    for name, t in a.theta.items():
+        assert (b.theta[name] - t).norm() <= 0.02 * t.norm().clamp_min(1e-2), name
+
+
+def test_a_recorded_gradient_follows_weights_and_batches(images):
+    """A replay reads the present weights and batch, not those of the recording; a smaller last batch is recorded for itself."""
+    args = mini.parse_flags([*TINY, "--device", "cuda"])
+    mini.setup(args)
+    learner, data, rng = mini.build_learner(args, CUDA), mini.to_tensor(images, CUDA), torch.Generator().manual_seed(1)
+    recorded = mini.make_gradient(learner, args, CUDA)
+    for tasks in (3, 3, 2, 3):
+        batch = mini.draw_episodes(args, data, tasks, rng)
+        totals = recorded(batch, None, tasks)
+        gradients = [p.grad.clone() for p in learner.parameters()]
+        expected = mini.meta_gradient(learner, args, batch, None, tasks)
+        torch.testing.assert_close(totals, expected, rtol=1e-4, atol=1e-5)
+        for p, g in zip(learner.parameters(), gradients):
+            assert (p.grad - g).norm() <= 0.02 * p.grad.norm().clamp_min(1e-4)
+        with torch.no_grad():
+            for p in learner.parameters():
+                p.mul_(0.98)
+
+
+@pytest.mark.parametrize("precision, allowed", [("tf32", 0.1), ("bf16", 0.4)])
+def test_lower_precision_is_near(precision, allowed, images):
+    losses = [trajectory(images, CUDA, 10, "--precision", p)[0][:, 0] for p in ("fp32", precision)]
+    assert (losses[1] - losses[0]).abs().max() <= allowed and not torch.equal(*losses)
+
+
+def test_what_goes_aside_gives_the_same_gradient(images, monkeypatch):
+    """With the queries' prefix on a stream of its own and without, launched and recorded."""
+    def gradient(graph):
+        (totals, learner) = trajectory(images, CUDA, 1, graph)
+        return torch.cat([totals[0], *(p.grad.flatten().cpu() for p in learner.parameters())])
+
+    aside = [gradient(graph) for graph in ("--cuda-graph", "--no-cuda-graph")]
+    monkeypatch.setattr(mini, "Aside", lambda function, x: SimpleNamespace(result=lambda: function(x)))
+    expected = gradient("--no-cuda-graph")
+    assert all((found - expected).norm() <= 1e-3 * expected.norm() for found in aside)
+
+
+@pytest.mark.parametrize("flags", ["", "--batch-norm support", "--method maml --inner-steps 2", "--method metasgd",
+                                   "--method fomaml", "--inner-steps 2 --refine", "--task-chunk 1", "--gradient-noise 0.1",
+                                   "--backbone wrn28-10 --channels 4 --augment", "--backbone resnet34 --channels 4"])
+def test_a_run_resumes_on_the_other_device(flags, tmp_path):
+    """Half a run here, half on the CPU: what is saved on one device is read on the other."""
+    common = ["--image-size", "32", "--episodes", "12", "--val-every", "6", "--val-episodes", "4", "--test-episodes", "4",
+              "--checkpoint-every", "3", "--log-every", "3", "--queries", "5", *TINY[2:4], "--out", str(tmp_path / "run"), *flags.split()]
+    if "noise" in flags:
+        return mini.main([*common, "--device", "cuda"])
+    mini.main([*common, "--device", "cuda", "--max-minutes", "0.0001"])
+    mini.main([*common, "--device", "cpu", "--resume"])
+    assert [line["episode"] for line in read_log(tmp_path / "run") if "loss" in line][-1] == 12
