@@ -95,7 +95,7 @@ class Setting:
             raise UsageError(str(error)) from None
         self.learner = learner._replace(theta={name: nn.Parameter(t.detach().to(dtype)) for name, t in learner.theta.items()},
                                         generator=learner.generator and learner.generator.to(dtype))
-        self.optimiser = torch.optim.Adam(self.learner.parameters(), lr=1e-3)
+        self.optimiser = mini.make_optimiser(self.learner, self.args, self.device)
         images = mini.to_tensor(mini.synthetic_split("val", image_size=self.args.image_size), self.device)
         rng = torch.Generator().manual_seed(0)
         self.batch = mini.sample_episodes(images, tasks, self.args.ways, self.args.shots, self.args.queries, rng)
@@ -258,8 +258,9 @@ class FlopCounter(TorchDispatchMode):
 
 
 def count_flops(flags: list[str]) -> dict[str, float]:
-    """GFLOP of one episode. One task alone, as PyTorch counts the gradients of grouped convolutions too high."""
-    setting, counts = Setting(flags, 1), {}
+    """GFLOP of one episode, counted on a CPU, where all are PyTorch's operations. One task alone, as PyTorch counts the gradients of
+    grouped convolutions too high."""
+    setting, counts = Setting([*flags, "--device", "cpu"], 1), {}
     for name, run in (("ours", setting.ours_launched), ("naive", setting.naive)):
         with FlopCounter() as counter:
             run()
@@ -461,7 +462,7 @@ def measure(args: argparse.Namespace) -> dict:
             save(args, figures)
     figures["throughput"] = measure_throughput(args, device) if device.type == "cuda" else {}
     save(args, figures)
-    figures["peak_memory_bytes"] = measure_memory(args, device)
+    figures["peak_memory_bytes"] = {} if device.type == "cuda" else measure_memory(args, device)       # throughput has it there
     save(args, figures)
     figures["scaling"] = measure_scaling(args, device) if args.scaling else {}
     save(args, figures)

@@ -139,6 +139,7 @@ def setup(args: argparse.Namespace) -> torch.device:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cudnn.deterministic = True                      # it costs nothing that could be measured
     keep_freed_memory()
     return device
 
@@ -177,7 +178,7 @@ class CudaGraph:
     def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor],
                  parameters: Iterable[torch.Tensor] = ()):
         self.inputs, self.parameters = [t.clone() for t in inputs], list(parameters)
-        others = torch.cuda.Stream()                                                  # as PyTorch asks for before recording
+        others = torch.cuda.Stream(priority=-1)                                       # as PyTorch asks for before recording
         others.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(others):
             for _ in range(2):                                                        # kernels are compiled and chosen now
@@ -186,7 +187,7 @@ class CudaGraph:
         for p in self.parameters:
             p.grad = None                                                             # the recording makes its own
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=others):                             # before what goes aside, if both wait
             self.output = function(*self.inputs)
         self.gradients = [p.grad for p in self.parameters]
 
@@ -212,6 +213,7 @@ class Aside:
             return
         self.main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
         side.wait_stream(self.main)
+        _begun.add(side)
         with torch.cuda.stream(side):
             self.value = function(*inputs)
         self.done = side.record_event()
@@ -225,15 +227,18 @@ class Aside:
         return self.value
 
 
+_begun: set[torch.cuda.Stream] = set()      # streams with work that no one has waited for
+
+
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def join_streams(device: torch.device) -> None:
-    """Let the current stream of a GPU wait for all that `Aside` began, backward passes included."""
-    if device.type == "cuda":
-        torch.cuda.current_stream().wait_stream(_side_stream(device))
+def join_streams() -> None:
+    """Let a GPU's current stream wait for all that `Aside` began, backward passes included."""
+    while _begun:
+        torch.cuda.current_stream().wait_stream(_begun.pop())
 
 
 def keep_freed_memory() -> None:

@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import batch_norm, conv2d, first_block, first_blocks, modulated_step, takes_first_block
+from kernels import (batch_norm, conv2d, first_block, first_blocks, modulated_step, takes_blocks, takes_first_block,
+                     task_blocks)
 
 Tensors = dict[str, Tensor]
 
@@ -80,10 +81,13 @@ class SisterNetwork(nn.Module):
 
     def forward(self, nu: Tensor) -> Tensor:
         """nu (T, D) -> (T, n)."""
-        out = self.outer(F.relu(self.inner(nu)))                               # (T, u + u n)
-        weights = out[:, : self.columns].softmax(-1)                           # (T, u)
-        columns = out[:, self.columns:].unflatten(1, (self.columns, self.n))   # (T, u, n), h transposed
-        return (weights.unsqueeze(2) * columns).sum(1)
+        return self.mix(self.outer(F.relu(self.inner(nu))))
+
+    def mix(self, out: Tensor) -> Tensor:
+        """The last layer's output (..., u + u n) -> (..., n)."""
+        weights = out[..., : self.columns].softmax(-1)                           # (..., u)
+        columns = out[..., self.columns:].unflatten(-1, (self.columns, self.n))  # (..., u, n), h transposed
+        return (weights.unsqueeze(-1) * columns).sum(-2)
 
     @torch.no_grad()
     def set_output_at_zero(self, value: float) -> None:
@@ -132,8 +136,33 @@ class Generator(nn.Module):
 
     def forward(self, nu: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """nu (T, D) -> {name: (row (T, n1), col (T, n2))}; M = relu(row ⊗ col)."""
+        return self._factors(nu, {sister: sister(nu) for sister in self._sisters()})
+
+    def together(self) -> Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """`forward` as a function of nu with the present weights, in a fraction of the operations: sister networks of one size
+        are computed as one. For a GPU, where they cost more than their arithmetic."""
+        groups = {}
+        for sister in self._sisters():
+            groups.setdefault((sister.n, sister.inner.out_features), []).append(sister)
+        stacked = [(sisters, [torch.stack(weights) for weights in zip(*(sister.parameters() for sister in sisters))])
+                   for sisters in groups.values()]
+
+        def factors(nu: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+            vectors = {}
+            for sisters, (weight, bias, outer_weight, outer_bias) in stacked:
+                hidden = F.relu(torch.baddbmm(bias.unsqueeze(1), nu.expand(len(sisters), *nu.shape), weight.mT))    # (S, T, hidden)
+                out = torch.baddbmm(outer_bias.unsqueeze(1), hidden, outer_weight.mT)                               # (S, T, u + u n)
+                vectors.update(zip(sisters, sisters[0].mix(out)))
+            return self._factors(nu, vectors)
+
+        return factors
+
+    def _sisters(self) -> list[SisterNetwork]:
+        return [*self.rows.values(), *self.cols.values()]
+
+    def _factors(self, nu: Tensor, vectors: Mapping[SisterNetwork, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         ones = nu.new_ones(len(nu), 1)
-        return {name: (self.rows[_key(name)](nu) if _key(name) in self.rows else ones, self.cols[_key(name)](nu))
+        return {name: (vectors[self.rows[_key(name)]] if _key(name) in self.rows else ones, vectors[self.cols[_key(name)]])
                 for name in self.sizes}
 
 
@@ -199,13 +228,16 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
     if noise_std < 0:
         raise ValueError(f"noise_std must be >= 0, got {noise_std}")
     graph = differentiable and not first_order
+    factors = generator
     with torch.enable_grad():
+        if generator is not None and next(iter(theta.values())).is_cuda:
+            factors = generator.together()
         current = dict(theta) if given is None else {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
         if refine:
             if generator is None:
                 raise ValueError("refine is a variant of the context update: it needs a generator")
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
-            return _refined(loss_fn, current, gradient, generator, alpha, steps, graph, kernel, normalise_context)
+            return _refined(loss_fn, current, gradient, generator, factors, alpha, steps, graph, kernel, normalise_context)
         for _ in range(steps):
             if not differentiable:
                 current = {name: t.detach() for name, t in current.items()}
@@ -213,9 +245,9 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
             if generator is None:
                 current = {name: t - rates[name] * gradient[name] for name, t in current.items()}
             else:
-                trial = lambda nu: loss_fn(_modulated(current, gradient, generator(nu), alpha, kernel))
+                trial = lambda nu: loss_fn(_modulated(current, gradient, factors(nu), alpha, kernel))
                 nu = _context(trial, _no_context(generator, next(iter(gradient.values()))), graph, normalise_context)
-                current = _modulated(current, gradient, generator(nu), alpha, kernel)
+                current = _modulated(current, gradient, factors(nu), alpha, kernel)
     return current if differentiable else {name: t.detach() for name, t in current.items()}
 
 
@@ -237,9 +269,9 @@ def _context(trial_loss: Callable[[Tensor], Tensor], nu: Tensor, graph: bool, no
     return nu * torch.rsqrt(nu.square().mean(1, keepdim=True) + 1e-12) if normalise else nu     # 1e-12: nu may be zero
 
 
-def _refined(loss_fn, start, gradient, generator, alpha, steps, graph, kernel, normalise) -> Tensors:
+def _refined(loss_fn, start, gradient, generator, factors, alpha, steps, graph, kernel, normalise) -> Tensors:
     """The released code's K > 1: 2K passes from the same weights and gradient; all but the last replace nu."""
-    step = lambda nu: _modulated(start, gradient, generator(nu), alpha, kernel)
+    step = lambda nu: _modulated(start, gradient, factors(nu), alpha, kernel)
     nu = _no_context(generator, next(iter(gradient.values())))
     for _ in range(2 * steps - 1):
         nu = _context(lambda nu: loss_fn(step(nu)), nu, graph, normalise)
@@ -561,6 +593,8 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
         return (blocks[0] if tasks == 1 else torch.cat(blocks)).unflatten(0, (tasks, -1))
     if support is None and takes_first_block(x):
         return first_blocks(x, *per_task)
+    if support is None and takes_blocks(x):
+        return task_blocks(x, weight, *per_task[1:])
     return _task_groups(_norm_pool(_task_conv(x.transpose(0, 1).flatten(1, 2), weight, tasks),
                                    gamma=per_task[1].flatten(), beta=per_task[2].flatten(), support=support), tasks)
 

@@ -834,7 +834,7 @@ def meta_gradient(learner: Learner, args: argparse.Namespace, episode_batch, rng
         logits = predict(to_input(support_x, args), support_y, to_input(query_x, args), rng if args.gradient_noise else None)
         loss = cross_entropy(logits, query_y).sum() / tasks
         loss.backward()
-        join_streams(loss.device)
+        join_streams()
         hits = (logits.detach().argmax(-1) == query_y).float().mean(1).sum() / tasks
         totals += torch.stack([loss.detach(), hits])
     return totals
@@ -870,6 +870,11 @@ def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse
     sum_gradients(learner.parameters(), totals)
     optimiser.step()
     return totals
+
+
+def make_optimiser(learner: Learner, args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
+    """Adam over theta and psi; on a GPU one kernel."""
+    return torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=device.type == "cuda")
 
 
 def pretrain_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, x: Tensor, y: Tensor) -> Tensor:
@@ -918,7 +923,7 @@ def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dic
         optimiser = torch.optim.SGD(learner.parameters(), args.meta_lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
         rate = lambda done: args.meta_lr * (1 + math.cos(math.pi * done / args.updates)) / 2
     else:
-        optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=device.type == "cuda")
+        optimiser = make_optimiser(learner, args, device)
         rate = lambda done: args.meta_lr * 0.5 ** (done // args.meta_lr_halve_every)
     episode_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)

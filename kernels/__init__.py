@@ -1,10 +1,12 @@
 """The modulated gradient step of ModGrad (an eager reference, closed forms for CPUs, fused Triton kernels), and layers
 whose second derivatives are cheap."""
 
+from kernels.block_gpu import takes_blocks, task_blocks
 from kernels.layers import batch_norm, conv2d
 from kernels.modulate import (modulate, modulate_reference, modulated_step, modulated_step_reference,
                               resolve_backend)
 from kernels.stem import first_block, first_blocks, takes_first_block
 
 __all__ = ["batch_norm", "conv2d", "first_block", "first_blocks", "modulate", "modulate_reference", "modulated_step",
-           "modulated_step_reference", "resolve_backend", "takes_first_block"]
+           "modulated_step_reference", "resolve_backend", "takes_blocks", "takes_first_block",
+           "task_blocks"]

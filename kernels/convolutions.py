@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from common import keep_freed_memory
-from kernels.benchmark import describe, select_device, time_on_cpu, time_on_gpu, write_json
+from kernels.benchmark import describe, own_stream, select_device, time_on_cpu, time_on_gpu, write_json
 from kernels.layers import conv2d
 
 LAYERS = {"conv1": (3, 64, 84), "conv2": (64, 64, 42), "conv3": (64, 64, 21), "conv4": (64, 64, 10)}   # C, C', H = W
@@ -160,7 +160,9 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
     print(f"{about['device']}, torch {about['torch']}, {about['threads']} thread(s); "
           + ", ".join(f"{what} {value}" for what, value in more.items()))
     for name in args.layers:
-        for row in measure(name, args, device):
+        with own_stream(device):
+            measured = measure(name, args, device)
+        for row in measured:
             rows.append(row)
             spread = f"{row['median_ms']:.2f} ms ({row['p20_ms']:.2f}, {row['p80_ms']:.2f})"
             print(f"{row['layer']:8}{row['pass']:20}{row['form']:14}{spread:>34}  {figures(row)}", flush=True)

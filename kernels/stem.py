@@ -49,7 +49,7 @@ def first_block(images, weight, gamma, beta, eps: float = 1e-5):
 
 def first_blocks(images, weight, gamma, beta, eps: float = 1e-5):
     """`first_block` of each of T tasks in a few launches on a GPU: images (T, N, C, H, W), float32 or bfloat16, weight
-    (T, C', C, k, k), gamma and beta (T, C') -> (T, N, C', H/2, W/2), a view of (N, T, C', H/2, W/2)."""
+    (T, C', C, k, k), gamma and beta (T, C') -> (T, N, C', H/2, W/2), channels-last."""
     if images.requires_grad:
         raise ValueError("first_blocks is for images that need no gradient: use conv2d and batch_norm")
     images = images.contiguous()
@@ -58,7 +58,7 @@ def first_blocks(images, weight, gamma, beta, eps: float = 1e-5):
     mean = products[:, -1, :-1]
     covariance = products[:, :-1, :-1] - mean.unsqueeze(2) * mean.unsqueeze(1)
     weight, shift = _with_norm(mean, covariance, weight, gamma, beta, eps)
-    return _Pooled.apply(images, weight.to(images.dtype), shift.to(images.dtype))[0].transpose(0, 1)
+    return _Pooled.apply(images, weight.to(images.dtype), shift.to(images.dtype))[0].movedim(-1, 2)
 
 
 def _with_norm(mean, covariance, weight, gamma, beta, eps: float):

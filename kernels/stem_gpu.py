@@ -5,7 +5,7 @@ Shapes: T tasks with N images each, C channels, C' filters of k x k, P = (H / 2)
 patch, KP the power of two above it. A patch has a one behind its K numbers, so that sums come with the products.
 
     moments     sum over a task's pixels of patch patch^T                                        (T, KP, KP)
-    pooled      the largest of the four convolutions under a pooled pixel, ReLU, and its place    (N, T, C', h, w)
+    pooled      the largest of the four convolutions under a pooled pixel, ReLU, and its place    (T, N, h, w, C')
     gradients   sum over pooled pixels of D times the patch of the winner                         (T, C', KP)
 
 Each is matrix products of a tile of pooled pixels: tensor cores, in three products of TF32 where float32 is asked for, which
@@ -14,10 +14,13 @@ leaves float32's accuracy. Sums are made in two stages without atomics, so that 
 
 import torch
 
+from kernels.block_gpu import precision
 from kernels.modulate import triton
 
 if triton is not None:
     import triton.language as tl
+
+    from kernels.block_gpu import dot
 
 PIXELS = 32             # pooled pixels (moments: pixels) of a tile
 FILTERS = 64            # of a tile, at most
@@ -65,8 +68,8 @@ if triton is not None:
         images,                          # read   (T, N, C, H, W)
         weight,                          # read   (T, C', K)
         shift,                           # read   (T, C')
-        out,                             # write  (N, T, C', h, w); where GIVEN, read of `y`, the forward pass's
-        winners,                         # write  (N, T, C', h, w): 0 to 3, rows first; where GIVEN, read
+        out,                             # write  (T, N, h, w, C'); where GIVEN, read of `y`, the forward pass's
+        winners,                         # write  (T, N, h, w, C'): 0 to 3, rows first; where GIVEN, read
         y,
         N, OUT: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr, KP: tl.constexpr,
         PIXELS: tl.constexpr, FILTERS: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
@@ -74,22 +77,21 @@ if triton is not None:
     ):
         K: tl.constexpr = C * SIZE * SIZE
         P: tl.constexpr = (H // 2) * (W // 2)
-        task, n = tl.program_id(0) // N, tl.program_id(0) % N
-        tasks = tl.num_programs(0) // N
+        task, image = tl.program_id(0) // N, tl.program_id(0).to(tl.int64)
         k, pixel = tl.arange(0, KP), tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
         c = tl.program_id(2) * FILTERS + tl.arange(0, FILTERS)
         inside = pixel < P
-        image = images + (task * N + n).to(tl.int64) * (C * H * W)
+        images += image * (C * H * W)
         w = tl.load(weight + (task * OUT + c)[:, None] * K + k[None, :], (c < OUT)[:, None] & (k < K)[None, :], 0.0).to(DOT)
         b = tl.load(shift + task * OUT + c, c < OUT, 0.0).to(tl.float32)
-        at = ((n * tasks + task).to(tl.int64) * OUT + c[:, None]) * P + pixel[None, :]
+        at = (image * P + pixel[None, :]) * OUT + c[:, None]
         stored = (c < OUT)[:, None] & inside[None, :]
         best = tl.zeros((FILTERS, PIXELS), tl.float32)
         winner = tl.zeros((FILTERS, PIXELS), tl.int8)
         if GIVEN:
             winner = tl.load(winners + at, stored, 0)
         for q in tl.static_range(4):
-            values = _patches(image, pixel // (W // 2) * 2 + q // 2, pixel % (W // 2) * 2 + q % 2, inside, C, H, W, SIZE, KP, DOT)
+            values = _patches(images, pixel // (W // 2) * 2 + q // 2, pixel % (W // 2) * 2 + q % 2, inside, C, H, W, SIZE, KP, DOT)
             z = tl.dot(w, values, input_precision=PRECISION)
             if GIVEN:
                 best = tl.where(winner == q, z, best)
@@ -110,7 +112,7 @@ if triton is not None:
     @triton.jit
     def _gradients_kernel(
         images,                          # read   (T, N, C, H, W)
-        D,                               # read   (N, T, C', h, w): of the pooled numbers
+        D,                               # read   (T, N, h, w, C'): of the pooled numbers
         y,                               # read   the same
         winners,                         # read   the same
         partial,                         # write  (T, programs, C', KP)
@@ -119,7 +121,7 @@ if triton is not None:
     ):
         P: tl.constexpr = (H // 2) * (W // 2)
         PER_IMAGE: tl.constexpr = (P + PIXELS - 1) // PIXELS
-        task, tasks = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+        task = tl.program_id(1).to(tl.int64)
         c = tl.program_id(2) * FILTERS + tl.arange(0, FILTERS)
         total = tl.zeros((FILTERS, KP), tl.float32)
         for step in range(TILES):
@@ -128,28 +130,24 @@ if triton is not None:
             pixel = tile % PER_IMAGE * PIXELS + tl.arange(0, PIXELS)
             inside = pixel < tl.where(n < N, P, 0)
             read = (c < OUT)[:, None] & inside[None, :]
-            at = ((n * tasks + task) * OUT + c[:, None]) * P + pixel[None, :]
+            at = ((task * N + n) * P + pixel[None, :]) * OUT + c[:, None]
             d = tl.load(D + at, read, 0.0).to(tl.float32)
             d = tl.where(tl.load(y + at, read, 0.0).to(tl.float32) > 0, d, 0.0)
             winner = tl.load(winners + at, read, 0)
             image = images + (task * N + n) * (C * H * W)
             for q in tl.static_range(4):
-                values = _patches(image, pixel // (W // 2) * 2 + q // 2, pixel % (W // 2) * 2 + q % 2, inside, C, H, W, SIZE, KP, DOT)
-                own = tl.where(winner == q, d, 0.0).to(DOT)
-                total += tl.dot(own, tl.trans(values), input_precision=PRECISION)
+                values = _patches(image, pixel // (W // 2) * 2 + q // 2, pixel % (W // 2) * 2 + q % 2, inside, C, H, W, SIZE, KP, tl.float32)
+                total = dot(tl.where(winner == q, d, 0.0), tl.trans(values), total, PRECISION, DOT)
         k = tl.arange(0, KP)
         at = ((task * tl.num_programs(0) + tl.program_id(0)) * OUT + c[:, None]) * KP + k[None, :]
         tl.store(partial + at, total, (c < OUT)[:, None])
 
 
-def _sizes(images, k: int) -> dict:
+def _sizes(images, k: int, over_pixels: bool = False) -> dict:
     """What all kernels take of images (T, N, C, H, W)."""
     tasks, count, channels, height, width = images.shape
-    fast = torch.backends.cudnn.allow_tf32 and images.dtype == torch.float32
-    half = images.dtype == torch.bfloat16 and images.is_cuda         # the interpreter has no products of bfloat16
     return {"N": count, "C": channels, "H": height, "W": width, "SIZE": k, "KP": max(16, triton.next_power_of_2(channels * k * k + 1)),
-            "PIXELS": PIXELS, "PRECISION": "tf32" if fast else "tf32x3", "DOT": tl.bfloat16 if half else tl.float32,
-            "num_warps": WARPS}
+            "PIXELS": PIXELS, "num_warps": WARPS, **precision(images, over_pixels)}
 
 
 def _filters(out: int) -> int:
@@ -166,14 +164,14 @@ def moments(images, k: int):
     sizes, tasks = _sizes(images, k), len(images)
     programs = _programs(sizes["N"] * triton.cdiv(sizes["H"] * sizes["W"], PIXELS))
     partial = torch.empty(tasks, programs, sizes["KP"], sizes["KP"], device=images.device)
-    _moments_kernel[programs, tasks](images, partial, TILES=TILES, **sizes | {"PRECISION": "tf32x3"})
+    _moments_kernel[programs, tasks](images, partial, TILES=TILES, **sizes | {"PRECISION": "tf32x3"})        # whatever the flags
     numbers = sizes["C"] * k * k + 1
     return partial.sum(1, dtype=torch.float64)[:, :numbers, :numbers]
 
 
 def pooled(images, weight, shift):
     """relu(max_pool2d(conv2d(images, weight) + shift, 2)) of each task: images (T, N, C, H, W), weight (T, C', C, k, k), shift
-    (T, C') -> y (N, T, C', H / 2, W / 2) and the places of the winners, int8."""
+    (T, C') -> y (T, N, H / 2, W / 2, C') and the places of the winners, int8."""
     y = images.new_empty(_output_shape(images, weight.shape[1]))
     winners = torch.empty_like(y, dtype=torch.int8)
     _launch_pooled(images, weight, shift, y, winners, y, False)
@@ -189,8 +187,8 @@ def chosen(images, weight, shift, y, winners):
 
 def gradients(images, D, y, winners, k: int):
     """Of `pooled`, given D of y: float32, to weight (T, C', C, k, k) and to shift (T, C')."""
-    sizes, (_, tasks, out, *_) = _sizes(images, k), y.shape
-    programs = _programs(sizes["N"] * triton.cdiv(y[0, 0, 0].numel(), PIXELS))
+    sizes, tasks, out = _sizes(images, k, over_pixels=True), len(y), y.shape[-1]
+    programs = _programs(sizes["N"] * triton.cdiv(y.shape[2] * y.shape[3], PIXELS))
     partial = torch.empty(tasks, programs, out, sizes["KP"], device=images.device)
     filters = _filters(out)
     _gradients_kernel[programs, tasks, triton.cdiv(out, filters)](images, D.contiguous(), y, winners, partial, OUT=out,
@@ -201,11 +199,11 @@ def gradients(images, D, y, winners, k: int):
 
 def _output_shape(images, out: int) -> tuple:
     tasks, count, _, height, width = images.shape
-    return count, tasks, out, height // 2, width // 2
+    return tasks, count, height // 2, width // 2, out
 
 
 def _launch_pooled(images, weight, shift, out, winners, y, given: bool) -> None:
     filters = _filters(weight.shape[1])
-    grid = images.shape[0] * images.shape[1], triton.cdiv(y[0, 0, 0].numel(), PIXELS), triton.cdiv(weight.shape[1], filters)
+    grid = images.shape[0] * images.shape[1], triton.cdiv(y.shape[2] * y.shape[3], PIXELS), triton.cdiv(weight.shape[1], filters)
     _pooled_kernel[grid](images, weight.contiguous(), shift.contiguous(), out, winners, y, OUT=weight.shape[1], FILTERS=filters,
                          GIVEN=given, **_sizes(images, weight.shape[-1]))

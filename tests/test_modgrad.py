@@ -501,3 +501,19 @@ def test_a_compiled_meta_loss_has_the_same_meta_gradients(options):
     for ours, theirs in zip(meta_step_on_regression("aot_eager", **options), meta_step_on_regression(None, **options)):
         # The same float32 operations, but for the order of sums.
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("factors", ["flat", "natural"])
+def test_sister_networks_together_are_those_one_by_one(factors):
+    """Values and both derivatives; two sizes, one of them of a single network, and a vector, which has no row."""
+    shapes = {"a": (6, 4, 3, 3), "b": (6, 4, 3, 3), "c": (7,), "d": (90, 90)}
+    generator = Generator(shapes, context_dim=8, factors=factors).double()
+    nu = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+
+    def orders(function):
+        values = [v for pair in function(nu).values() for v in pair if v.requires_grad]
+        first, = torch.autograd.grad(sum((v * v).sum() for v in values), nu, create_graph=True)
+        return [*values, first, *torch.autograd.grad(first.square().sum(), generator.parameters())]
+
+    for a, b in zip(orders(generator.together()), orders(generator), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -26,7 +26,7 @@ def plain(x, weight, gamma, beta):
 def orders(block, x, parameters):
     """The output, its gradient, and the gradient of a function of that gradient, for fixed cotangents."""
     y = block(x, *parameters)
-    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)
     first = torch.autograd.grad((y.square() * weight).sum(), parameters, create_graph=True)
     return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), parameters)]
 
