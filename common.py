@@ -203,7 +203,8 @@ class CudaGraph:
 class Aside:
     """function(*inputs), a tensor, computed on a GPU beside what comes next there, until it is asked for by `result()`.
 
-    Its backward pass, too, goes beside the rest, as autograd repeats the order of the streams. Elsewhere it is simply computed.
+    Its backward pass, too, goes beside the rest, as autograd repeats the order of the streams, until `join_streams` waits for it.
+    Elsewhere it is simply computed.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
@@ -214,6 +215,8 @@ class Aside:
         self.main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
         side.wait_stream(self.main)
         _begun.add(side)
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):      # two streams are meant here
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         with torch.cuda.stream(side):
             self.value = function(*inputs)
         self.done = side.record_event()

@@ -47,6 +47,7 @@ from modgrad import Chain, Generator, LearnedRates, adapt, conv4, resnet34, wide
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 EVALUATION_SEED = 20200823      # of validation and test tasks: the same for every run, so that results compare
+DRAWN = 5                       # evaluation tasks drawn at once, whatever --eval-batch is: else it would choose them
 CONVS = ("conv1", "conv2", "conv3", "conv4")
 DEFAULTS = {                    # what differs between the methods
     "modgrad": {"inner_steps": 1, "inner_lr": 0.1},
@@ -977,14 +978,15 @@ def evaluate(learner: Learner, args: argparse.Namespace, images: Tensor, episode
         noise_rng = torch.Generator(next(iter(learner.theta.values())).device).manual_seed(EVALUATION_SEED + rank())
     accuracies = torch.zeros(episodes, dtype=torch.float64)
     with progress(episodes, 0, what) as bar:
-        for k, batch in enumerate(accuracies.split(args.eval_batch)):
+        for k, batch in enumerate(accuracies.split(DRAWN * math.ceil(args.eval_batch / DRAWN))):
             mine = k % ranks() == rank()
-            support_x, support_y, query_x, query_y = sample_episodes(
-                images, len(batch), args.ways, args.shots, args.queries, rng, slice(None) if mine else slice(0))
-            if mine:
+            parts = [sample_episodes(images, len(part), args.ways, args.shots, args.queries, rng, slice(None) if mine else slice(0))
+                     for part in batch.split(DRAWN)]
+            tasks = (torch.cat(same).split(args.eval_batch) for same in zip(*parts))
+            for results, support_x, support_y, query_x, query_y in zip(batch.split(args.eval_batch), *tasks) if mine else ():
                 logits = adapt_and_predict(learner, args, to_input(support_x, args), support_y, to_input(query_x, args),
                                            noise_rng, train=False)
-                batch.copy_((logits.argmax(-1) == query_y).float().mean(1))
+                results.copy_((logits.argmax(-1) == query_y).float().mean(1))
             bar.update(len(batch))
     sum_over_ranks([accuracies])      # the other ranks' tasks are zero here
     return accuracies.tolist()

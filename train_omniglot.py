@@ -134,7 +134,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--test-episodes", type=positive_int, default=600,
                       help="few-shot: test tasks (multi-shot: all 10 test alphabets)")
     test.add_argument("--test-split", choices=("test", "val"), default="test", help="classes of the final evaluation")
-    test.add_argument("--eval-batch", type=positive_int, default=10, help="tasks evaluated at once")
+    test.add_argument("--eval-batch", type=positive_int, default=10, help="tasks evaluated at once; another number draws other few-shot tasks")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
 
     use = parser.add_argument_group("without training")

@@ -340,11 +340,11 @@ if triton is not None:
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
-def precision(x, over_pixels: bool = False) -> dict:
-    """How tiles of x are multiplied, in sums over channels or over pixels."""
-    half = x.dtype == torch.bfloat16 and x.is_cuda               # the interpreter has no products of bfloat16
-    fast = torch.backends.cudnn.allow_tf32
-    if over_pixels and x.is_cuda and not half:
+def precision(x, over_pixels: bool = False, gpu: bool | None = None) -> dict:
+    """How tiles of x are multiplied, in sums over channels or over pixels. `gpu`: as on one, if it is not clear from x."""
+    gpu, fast = x.is_cuda if gpu is None else gpu, torch.backends.cudnn.allow_tf32
+    half = x.dtype == torch.bfloat16 and gpu                     # the interpreter has no products of bfloat16
+    if over_pixels and gpu and not half:
         return {"PRECISION": "bf16x3" if fast else "bf16x6", "DOT": tl.float32}
     return {"PRECISION": "tf32" if fast else "tf32x3", "DOT": tl.bfloat16 if half else tl.float32}
 
@@ -535,6 +535,11 @@ def takes_blocks(x) -> bool:
     """Whether x (T, N, C, H, W) is what `task_blocks` is for, here and now."""
     return (x.is_cuda and triton is not None and x.dtype in (torch.float32, torch.bfloat16) and x.shape[2] >= 16
             and not torch.compiler.is_compiling())
+
+
+def task_convolution(x, weight):
+    """The convolution of `task_blocks` alone: x (T, N, H, W, C) -> (T, N, H, W, C')."""
+    return _Conv.apply(x, weight, False)[0]
 
 
 def task_blocks(x, weight, gamma, beta, eps: float = 1e-5):

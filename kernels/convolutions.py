@@ -8,9 +8,10 @@ After the first inner step every task has its own filters, T of them, each for i
     grouped         one convolution of T groups on (N, T C, H, W)     grouped-last    the same, channels-last
     unfold          patches as columns, then one batched matrix product
     pytorch-last    loop-last by PyTorch's own convolution and derivatives
+    triton          on a GPU: kernels/block_gpu.py, all tasks in one launch
 Each form keeps the activations in its own layout, as between the blocks of a network; no copy into it is counted. The first four
 use kernels/layers.py, with its closed derivatives and, on some CPUs, Winograd's algorithm. What modgrad.py takes: loop-last on
-CPUs, grouped on GPUs.
+CPUs; on GPUs triton for Conv-4 and grouped for the residual networks.
 
 Every result is compared with `loop` in float64 before anything is timed. GFLOP/s count the 2 T N C C' k k H W operations of a
 forward pass once, of the first derivatives (both inputs) twice, of the second (three inputs, two terms for one) four times, also
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 
 from common import keep_freed_memory
 from kernels.benchmark import describe, own_stream, select_device, time_on_cpu, time_on_gpu, write_json
+from kernels.block_gpu import task_convolution
 from kernels.layers import conv2d
 
 LAYERS = {"conv1": (3, 64, 84), "conv2": (64, 64, 42), "conv3": (64, 64, 21), "conv4": (64, 64, 10)}   # C, C', H = W
@@ -49,7 +51,7 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).flatten(1, 2).contiguous()                                          # (N, T C, H, W)
 
 
-def forms(tasks: int) -> dict[str, Form]:
+def forms(tasks: int, gpu: bool = False) -> dict[str, Form]:
     """The contenders for `tasks` tasks; weights are (T, C', C, k, k) for all."""
     def unfold(xs, w):
         x, = xs                                                                                  # (T, N, C, H, W)
@@ -66,7 +68,9 @@ def forms(tasks: int) -> dict[str, Form]:
             "grouped": Form(lambda x: [_side_by_side(x)], apart, grouped),
             "grouped-last": Form(lambda x: [_last(_side_by_side(x))], apart, grouped),
             "unfold": Form(lambda x: [x.contiguous()], lambda ys: ys[0], unfold),
-            "pytorch-last": Form(lambda x: [_last(t) for t in x], torch.stack, pytorch)}
+            "pytorch-last": Form(lambda x: [_last(t) for t in x], torch.stack, pytorch),
+            **({"triton": Form(lambda x: [x.movedim(2, -1).contiguous()], lambda ys: ys[0].movedim(-1, 2),
+                               lambda xs, w: [task_convolution(xs[0], w)])} if gpu else {})}
 
 
 def passes(form: Form, x, w, G, U, V) -> dict[str, Callable]:
@@ -117,7 +121,7 @@ def make_data(layer: tuple[int, int, int], tasks: int, images: int, device: torc
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
     """One row a pass and form for one layer."""
     channels, out, side = LAYERS[name]
-    data, contenders = make_data(LAYERS[name], args.tasks, args.images, device, dtype_of(args.precision)), forms(args.tasks)
+    data, contenders = make_data(LAYERS[name], args.tasks, args.images, device, dtype_of(args.precision)), forms(args.tasks, device.type == "cuda")
     check_agreement(contenders, data, args.precision)
     functions = {form: passes(contenders[form], *data) for form in contenders}
     timer, rows = time_on_gpu if device.type == "cuda" else time_on_cpu, []

@@ -10,6 +10,7 @@ of 128 threads share a multiprocessor), stack and spills must be 0, wide accesse
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -22,7 +23,10 @@ from unittest import mock
 
 import torch
 
+from kernels.stem import first_blocks
+
 source = importlib.import_module("kernels.modulate")         # the package's attribute of that name is the function
+block, stem = (importlib.import_module(f"kernels.{name}_gpu") for name in ("block", "stem"))
 KERNELS = ("_forward_kernel", "_backward_kernel", "_double_backward_kernel", "_sum_kernel")
 SIZES = {"conv4": [(192, 192), (1, 64)], "wrn": [(1920, 1920)]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,6 +85,32 @@ def compile_all(capability: int, dtype: torch.dtype, shapes) -> list:
     return compiled
 
 
+def compile_network(capability: int, precision: str, side: int = 21) -> list:
+    """Return [(kernel name, machine code)] of Conv-4's first and of a further block with both orders of derivatives, 64 channels,
+    3 tasks of 25 images; precision: "fp32", "tf32" or "bf16"; side: of the further block's planes."""
+    compiled, dtype = [], torch.bfloat16 if precision == "bf16" else torch.float32
+    x = torch.zeros(3, 25, 64, side, side, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(3, 64, 64, 3, 3, dtype=dtype, requires_grad=True)
+    gamma = torch.zeros(3, 64, requires_grad=True)
+    images, filters = torch.zeros(3, 25, 3, 84, 84, dtype=dtype), torch.zeros(3, 64, 3, 3, 3, requires_grad=True)
+    with contextlib.ExitStack() as patches:
+        cache = patches.enter_context(tempfile.TemporaryDirectory())
+        patches.enter_context(mock.patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}))
+        patches.enter_context(mock.patch.object(source.triton.runtime.driver, "_active", AbsentGpu(capability)))
+        patches.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        for module in (block, stem):
+            patches.enter_context(mock.patch.object(module, "precision", functools.partial(block.precision, gpu=True)))
+            for name in dir(module):
+                if name.endswith("_kernel"):
+                    patches.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), compiled)))
+        for y, inputs in ((block.task_blocks(x, weight, gamma, gamma), [x, weight, gamma]),
+                          (first_blocks(images, filters, gamma, gamma), [filters, gamma])):
+            first = torch.autograd.grad(y, inputs, torch.zeros_like(y).requires_grad_(), create_graph=True)
+            torch.autograd.grad(first, inputs, first, allow_unused=True)
+    return list(dict(reversed(compiled)).items())             # of each kernel the first form
+
+
 def usage(cubin: bytes) -> dict:
     """Return the registers and stack and local bytes of a thread, and counts of spill and 128-bit instructions."""
     tool = source.triton.knobs.nvidia.cuobjdump.path
@@ -95,6 +125,11 @@ def usage(cubin: bytes) -> dict:
     return {"registers": int(found[1]), "stack": int(found[2]), "local": int(found[3]), **count}
 
 
+def show(row: dict) -> None:
+    print(f"{row['gpu']:8}{row['dtype']:10}{row['size']:9}{row['kernel']:26}{row['registers']:>10}{row['stack']:>7}"
+          f"{row['spills']:>8}{row['wide_loads']:>13}, {row['wide_stores']}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -102,15 +137,19 @@ def main() -> None:
     if source.triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("error: compiling needs Triton, with its interpreter off (TRITON_INTERPRET unset)")
     rows = []
-    print(f"{'GPU':8}{'dtype':10}{'size':7}{'kernel':26}{'registers':>10}{'stack':>7}{'spills':>8}{'wide loads, stores':>20}")
+    print(f"{'GPU':8}{'dtype':10}{'size':9}{'kernel':26}{'registers':>10}{'stack':>7}{'spills':>8}{'wide loads, stores':>20}")
     for capability in (80, 90):
         for dtype in DTYPES:
             for size, shapes in SIZES.items():
                 for name, cubin in dict(compile_all(capability, DTYPES[dtype], shapes)).items():
                     row = {"gpu": f"sm_{capability}", "dtype": dtype, "size": size, "kernel": name[1:-7], **usage(cubin)}
                     rows.append(row)
-                    print(f"{row['gpu']:8}{dtype:10}{size:7}{row['kernel']:26}{row['registers']:>10}{row['stack']:>7}"
-                          f"{row['spills']:>8}{row['wide_loads']:>13}, {row['wide_stores']}", flush=True)
+                    show(row)
+        for precision in ("fp32", "tf32", "bf16"):
+            for name, cubin in compile_network(capability, precision):
+                row = {"gpu": f"sm_{capability}", "dtype": precision, "size": "network", "kernel": name[1:-7], **usage(cubin)}
+                rows.append(row)
+                show(row)
     if args.json:
         command = "python -m kernels.resources " + " ".join(sys.argv[1:])
         versions = {"torch": torch.__version__, "triton": source.triton.__version__}

@@ -29,9 +29,9 @@ def glance():
     Of several runs the choice is made without test results: mini-ImageNet's longest of each network, CelebA's best on validation images,
     Omniglot's longest in the form that was chosen on validation alphabets.
     """
-    rows = ["| experiment | paper | ours | our training, hours a run |", "| --- | --- | --- | --- |"]
+    rows = ["| experiment | paper | ours | our training, time a run |", "| --- | --- | --- | --- |"]
+    where = lambda r: f" of one {r['device_name']}" if r["device_name"].startswith("NVIDIA") else ""
     link = lambda folder, text: f"[{text}](results/{folder.relative_to(HERE)})"
-    hours = lambda seconds: f"{seconds / 3600:.1f} h"
     ours = lambda folder: [(f, r, r["config"]) for f, r in runs(folder) if r["config"]["method"] == "modgrad"]
 
     size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84)]
@@ -39,29 +39,29 @@ def glance():
     for shots in sorted({c["shots"] for _, _, c in tested}, reverse=True):
         folder, r, c = max((run for run in tested if run[2]["shots"] == shots), key=lambda run: run[1]["episodes"])
         rows.append(f"| mini-ImageNet, 5-way {shots}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', shots]} | "
-                    f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {hours(r['train_seconds'])} |")
+                    f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {duration(r['train_seconds'])}{where(r)} |")
     folder, r, c = max((run for run in ours("miniimagenet") if run[2]["backbone"] == "wrn28-10"), key=lambda run: run[1]["episodes"])
     rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, WRN-28-10: accuracy, % | {PAPER['modgrad', 'wrn28-10', c['shots']]} | "
                 f"{link(folder, percent(r))} | {160 // c['channels']} times narrower, {c['image_size']} pixels; pretrained, then "
-                f"{r['episodes']:,} episodes, {hours(r['train_seconds'])} |")
+                f"{r['episodes']:,} episodes, {duration(r['train_seconds'])} |")
     for k, (order, pixels) in enumerate(CELLS):
         folder, r, c = min((run for run in ours("celeba") if (run[2]["order"], run[2]["pixels"]) == (order, pixels)),
                            key=lambda run: run[1]["best_val_mse"])
         rows.append(f"| CelebA, {order} {pixels} pixels: mean squared error | {CELEBA['modgrad'][k]:.3f} | "
                     f"{link(folder, interval(r, 4))} | {r['iterations']:,} of 50,000 iterations, "
-                    f"{c['inner_steps']} inner steps, {hours(r['train_seconds'])} |")
+                    f"{c['inner_steps']} inner steps, {duration(r['train_seconds'])} |")
     form = [run for run in ours("omniglot") if run[2]["protocol"] == "multi-shot" and run[2]["psi_lr"] == 0.001
             and not run[0].name.startswith("candidate")]
     best = [run for run in form if run[1]["meta_steps"] == max(r["meta_steps"] for _, r, _ in form)]
     rows.append(f"| Omniglot, multi-shot (Fig. 5): accuracy, % | {OMNIGLOT['modgrad']} | "
                 f"{', '.join(link(f, percent(r)) for f, r, _ in best)} | {best[0][1]['meta_steps']:,} meta-steps of "
-                f"{best[0][2]['meta_batch']} tasks, {hours(sum(r['train_seconds'] for _, r, _ in best) / len(best))} |")
+                f"{best[0][2]['meta_batch']} tasks, {duration(sum(r['train_seconds'] for _, r, _ in best) / len(best))} |")
     for env, what in (("nav", "navigation"), ("cheetah-dir", "half-cheetah, direction"), ("cheetah-vel", "half-cheetah, velocity")):
         seeds = [run for run in ours("rl") if run[2]["env"] == env and run[2]["adapt"] == ["context"]]
         numbers = ", ".join(link(f, interval(r, 1)) for f, r, _ in seeds)
         rows.append(f"| {what}: return after one update | {RL[env, 'modgrad']} | {numbers} | "
                     f"{', '.join(str(r['iterations']) for _, r, _ in seeds)} of 500 iterations, "
-                    f"{hours(sum(r['train_seconds'] for _, r, _ in seeds) / len(seeds))} |")
+                    f"{duration(sum(r['train_seconds'] for _, r, _ in seeds) / len(seeds))} |")
     return "\n".join(rows)
 
 
@@ -262,7 +262,11 @@ def rl():
 
 def device(r):
     """Hardware and training time, two cells."""
-    return f"{r['device_name']}, {r['threads']} thread{'s' * (r['threads'] > 1)} | {r['train_seconds'] / 3600:.1f} h"
+    return f"{machine(r)} | {duration(r['train_seconds'])}"
+
+
+def duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 180 else f"{seconds:.0f} s"
 
 
 def speeds():
@@ -272,20 +276,23 @@ def speeds():
 
 def machine(s):
     """Of a benchmark's file: device, its vector instructions where they were noted, threads."""
-    kind = f" ({s['cpu_capability']})" if s.get("cpu_capability") and s["device"] != "cuda" else ""
-    return f"{s.get('device_name', s['device'])}{kind}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
+    name = s.get("device_name") or s["device"]
+    if name.startswith("NVIDIA"):
+        return name
+    kind = f" ({s['cpu_capability']})" if s.get("cpu_capability") else ""
+    return f"{name}{kind}, {s['threads']} thread{'s' * (s['threads'] > 1)}"
 
 
-CONTENDERS = {"ours": "ours", "ours_bf16": "ours, `--precision bf16`",
-              "ours_compiled": "ours, `--compile`", "ours_cuda_graphs": "ours, `--compile cuda-graphs`",
-              "naive": "naive, tuned allocator",
+CONTENDERS = {"ours": "ours", "ours_tf32": "ours, `--precision tf32`", "ours_bf16": "ours, `--precision bf16`",
+              "ours_launched": "ours, `--no-cuda-graph`", "ours_compiled": "ours, `--compile`",
+              "naive": "naive, tuned allocator", "naive_tf32": "naive, TF32",
               "naive_bf16": "naive, bf16 autocast", "naive_stock": "naive, stock allocator", "higher": "higher 0.2.1",
               "torchopt": "TorchOpt 0.7.3"}
 
 
 def ratios():
     """One row a machine and method: our time over each other implementation's, medians over turns."""
-    others = [name for name in CONTENDERS if "ours" not in name and "bf16" not in name]
+    others = [name for name in CONTENDERS if "ours" not in name and "bf16" not in name and "tf32" not in name]
     rows = [f"| our time per episode, as a share of that of | {' | '.join(CONTENDERS[name] for name in others)} |",
             f"| --- | {' | '.join('---' for _ in others)} |"]
     shown = set()
@@ -312,8 +319,10 @@ def speed():
                 c = case["contenders"][name]
                 t = c["seconds_per_episode"]
                 ratio = lambda mine: f"{c[key]['median']:.2f}" if (key := f"{mine}_over_this_seconds") in c else "-"
-                rows.append(f"| {machine(s)} | {what} | {CONTENDERS[name]} | {t['median']:.2f} [{t['p20']:.2f}, {t['p80']:.2f}] "
-                            f"| {c['cpu_seconds_per_episode']['median']:.2f} | {ratio('ours')} | {ratio('ours_bf16')} |")
+                show = lambda seconds: f"{seconds:.2f}" if seconds >= 0.1 else f"{seconds:.4f}"
+                cpu = "-" if s["device"] == "cuda" else show(c["cpu_seconds_per_episode"]["median"])       # it waits for the GPU
+                rows.append(f"| {machine(s)} | {what} | {CONTENDERS[name]} | {show(t['median'])} [{show(t['p20'])}, {show(t['p80'])}] "
+                            f"| {cpu} | {ratio('ours')} | {ratio('ours_bf16')} |")
     return "\n".join(rows)
 
 
@@ -329,7 +338,8 @@ def work():
                 continue
             shown.add(key)
             flops, rate = case["gflop_per_episode"], s["matmul_gflops"]["float32"]
-            share = flops["ours"] / case["contenders"]["ours"]["cpu_seconds_per_episode"]["median"] / rate
+            clock = "seconds" if s["device"] == "cuda" else "cpu_seconds"
+            share = flops["ours"] / case["contenders"]["ours"][f"{clock}_per_episode"]["median"] / rate
             rows.append(f"| {machine(s)} | {case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)} | "
                         f"{flops['ours']:.1f} / {flops['naive']:.1f} | {rate:.0f} | {share:.0%} |")
     return "\n".join(rows)
@@ -356,15 +366,19 @@ def kernel_files():
 
 
 def kernels():
-    """One row a machine, network and number of tasks: eager's time over ours, over the four passes."""
+    """One row a machine, network and number of tasks: eager's time over ours, over the four passes; on a GPU, of what does not fit its
+    cache, also the bytes' rate as a share of the best copy's."""
     passes = ("forward", "backward", "double backward", "inner step")
     rows = [f"| machine | adapted tensors of | T | form | {' | '.join(f'{p}: ms, times faster than eager' for p in passes)} |",
             f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
     for file in kernel_files():
         found = {(r["size"], r["tasks"], r["contender"], r["pass"]): r for r in file["rows"]}
-        for size, tasks, form in dict.fromkeys(key[:3] for key in found if key[2] not in ("eager", "addcmul")):
+        gpu = file["device"].startswith("NVIDIA")
+        left_out, copied = ("eager", "addcmul", *["closed"] * gpu), max(r["copy_gb_per_s"] for r in file["rows"])
+        for size, tasks, form in dict.fromkeys(key[:3] for key in found if key[2] not in left_out):
             cells = [found[size, tasks, form, p] for p in passes]
-            text = " | ".join(f"{r['median_ms']:.2f}, {r['times_faster_than_eager']:.2f}" for r in cells)
+            share = lambda r: f", {r['gb_per_s'] / copied:.0%}" if gpu and r["model_bytes"] > 2 ** 28 else ""
+            text = " | ".join(f"{r['median_ms']:.{4 if gpu else 2}f}, {r['times_faster_than_eager']:.2f}{share(r)}" for r in cells)
             rows.append(f"| {machine(file)} | {size} | {tasks} | {form} | {text} |")
     return "\n".join(rows)
 
@@ -404,7 +418,7 @@ def resources():
     names = ("forward", "backward", "double_backward", "sum")
     rows = [f"| compiled for | dtype | size | {' | '.join(f'{n.replace(chr(95), chr(32))}, registers' for n in names)} | stack bytes, spills |",
             f"| --- | --- | --- | {' | '.join('---' for _ in names)} | --- |"]
-    found = {(r["gpu"], r["dtype"], r["size"], r["kernel"]): r for r in file["kernels"]}
+    found = {(r["gpu"], r["dtype"], r["size"], r["kernel"]): r for r in file["kernels"] if r["size"] != "network"}
     for gpu, dtype, size in dict.fromkeys(key[:3] for key in found):
         of = [found[gpu, dtype, size, n] for n in names]
         rows.append(f"| {gpu} | {dtype} | {size} | {' | '.join(str(r['registers']) for r in of)} | "

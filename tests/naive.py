@@ -99,7 +99,8 @@ def gradient(loss, theta, adapted, noise):
 def adapt_one(loss, theta, adapted, psi, alpha, context_dim, u, steps=1, first_order=False, refine=False, noise=None,
               normalise_context=False):
     """Algorithm 1 for one task; loss maps {name: tensor} to a scalar; noise is a list with one {name: tensor} a step."""
-    zero = lambda: torch.zeros(context_dim, dtype=next(iter(theta.values())).dtype, requires_grad=True)
+    like = next(iter(theta.values()))
+    zero = lambda: torch.zeros(context_dim, dtype=like.dtype, device=like.device, requires_grad=True)
     if refine:                                # the authors' released code: one gradient, 2 K passes, nu replaced each pass
         g, nu = gradient(loss, theta, adapted, None), zero()
         for _ in range(2 * steps):

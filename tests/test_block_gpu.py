@@ -15,10 +15,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device, or Triton's interpreter")
 # (H, W), k, C, C'; odd planes, more channels than a step and a tile
-SHAPES = [((5, 4), 3, 16, 16), ((3, 7), 3, 20, 8), ((2, 4), 1, 40, 70), ((4, 3), 5, 16, 5)]
+SHAPES = [((5, 4), 3, 16, 16), ((3, 7), 3, 20, 8), ((2, 4), 1, 40, 70), ((3, 2), 5, 16, 5)]
 
 
-def tensors(size=(5, 4), k=3, channels=16, out=16, shared=False, tasks=2, images=3, dtype=torch.float32):
+def tensors(size=(5, 4), k=3, channels=16, out=16, shared=False, tasks=2, images=2, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE)
     weight = normal(*[tasks] * (not shared), out, channels, k, k) / (channels * k * k) ** 0.5
@@ -69,7 +69,7 @@ def test_second_derivatives_of_some_gradients_only(of):
 def test_many_tiles(monkeypatch):
     for name, value in (("ROWS", 16), ("DEPTH", 16), ("FILTERS", 16), ("SPLIT", 32), ("PIXELS", 16), ("CHANNELS", 16)):
         monkeypatch.setattr(block_gpu, name, value)
-    assert max(errors(ours, tensors((7, 6), 3, 24, 20))) < 5e-5
+    assert max(errors(ours, tensors((5, 4), 3, 20, 18))) < 5e-5
 
 
 def test_16_bits_cost_what_their_rounding_costs():

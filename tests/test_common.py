@@ -490,3 +490,29 @@ def test_a_fingerprint_follows_name_size_and_time(tmp_path):
     os.utime(path, (1, 1))
     marks.append(common.fingerprint_files([path]))
     assert len(set(marks)) == 3
+
+
+def test_what_goes_aside_is_computed_where_there_is_no_gpu():
+    assert common.Aside(lambda a, b: a + b, torch.ones(2), torch.ones(2)).result().tolist() == [2, 2]
+    common.join_streams()
+
+
+def test_an_optimisers_state_goes_on_in_another_implementation():
+    """A GPU's one-kernel Adam saves what the CPU's reads, and the other way round."""
+    def steps(fused, state, count):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimiser = torch.optim.Adam([p], lr=0.1, fused=fused)
+        if state:
+            common._set_state(optimiser, state[0])
+            with torch.no_grad():
+                p.copy_(state[1])
+        for _ in range(count):
+            optimiser.zero_grad()
+            p.pow(2).sum().backward()
+            optimiser.step()
+        assert optimiser.param_groups[0]["fused"] == fused
+        return optimiser.state_dict(), p.detach()
+
+    expected = steps(False, None, 5)[1]
+    for first, then in ((True, False), (False, True)):
+        torch.testing.assert_close(steps(then, steps(first, None, 3), 2)[1], expected)

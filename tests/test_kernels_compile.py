@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on: its kernels cannot be compiled", allow_module_level=True)
 
-from kernels.resources import KERNELS, SIZES, compile_all, usage  # noqa: E402
+from kernels.resources import KERNELS, SIZES, compile_all, compile_network, usage  # noqa: E402
 
 source = importlib.import_module("kernels.modulate")
 # n1 x n2 accesses (reads, writes) of each kernel that must all be 128 bits wide
@@ -31,6 +31,16 @@ def test_no_spills_and_wide_accesses(capability, dtype, size):
         per_access = 2 if dtype == torch.float32 else 1           # a thread's 8 elements of a 16 x 64 tile
         assert seen["wide_loads"] >= reads * per_access, f"{name}: {seen}"
         assert seen["wide_stores"] >= writes * per_access, f"{name}: {seen}"
+
+
+@pytest.mark.parametrize("capability, precision", [(90, "fp32"), (80, "bf16")])
+def test_the_networks_kernels_do_not_spill(capability, precision):
+    compiled = compile_network(capability, precision)
+    names = {name for name, _ in compiled}
+    assert {"_conv_kernel", "_weight_gradient_kernel", "_double_kernel", "_moments_kernel", "_pooled_kernel", "_gradients_kernel"} <= names
+    for name, cubin in compiled:
+        seen = usage(cubin)
+        assert seen["stack"] == seen["local"] == seen["spills"] == 0, f"{name}: {seen}"
 
 
 def test_a_tile_that_is_too_large_is_seen_to_spill(monkeypatch):

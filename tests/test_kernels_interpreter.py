@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("file", ["test_kernels_derivatives.py", "test_stem_gpu.py"])
+@pytest.mark.parametrize("file", ["test_kernels_derivatives.py", "test_stem_gpu.py", "test_block_gpu.py"])
 def test_kernels_in_the_interpreter(file):
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",

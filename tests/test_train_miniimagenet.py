@@ -197,3 +197,21 @@ def test_the_real_images_train(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "SYNTHETIC" not in done.stdout
     assert runs.result(tmp_path / "run")["synthetic"] is False
+
+
+def test_the_evaluation_tasks_do_not_depend_on_how_many_are_evaluated_at_once(monkeypatch):
+    args = mini.parse_flags(TINY)
+    learner = mini.build_learner(args, torch.device("cpu"))
+    images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
+    seen = []
+    monkeypatch.setattr(mini, "adapt_and_predict", lambda learner, args, x, y, queries, rng, train:
+                        seen.append((x.double().sum((1, 2, 3, 4)), len(x))) or torch.zeros(*queries.shape[:2], args.ways))
+    found = {}
+    for at_once in (1, 5, 7, 12, 40):
+        seen.clear()
+        args.eval_batch = at_once
+        assert len(mini.evaluate(learner, args, images, 23, "test")) == 23
+        assert max(count for _, count in seen) <= at_once
+        found[at_once] = torch.cat([sums for sums, _ in seen])
+    assert all(torch.equal(found[5], other) for other in found.values())
+    assert len(set(found[5].tolist())) == 23
