@@ -209,7 +209,7 @@ class Aside:
 
     def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
         self.main = None
-        if inputs[0].device.type != "cuda" or torch.compiler.is_compiling():
+        if not inputs[0].is_cuda:
             self.value = function(*inputs)
             return
         self.main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
@@ -370,7 +370,7 @@ def first_of_machine() -> Iterator[None]:
 # --- run folder ------------------------------------------------------------------------------------------------------
 
 MAY_CHANGE = {"resume", "out", "max_minutes", "device", "threads", "test_split", "test_episodes", "test_images", "eval_batch",
-              "download", "checkpoint_every", "kernel", "task_chunk", "compile", "cuda_graph", "data"}      # settings that a resumed run may change
+              "download", "checkpoint_every", "kernel", "task_chunk", "compile", "cuda_graph", "data"}      # by a resumed run
 
 
 def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] = frozenset()) -> tuple[Path, dict | None]:

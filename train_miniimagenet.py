@@ -36,11 +36,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (Aside, CudaGraph, DataError, DownloadError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array,
-                    copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
-                    from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float,
-                    positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders, sum_gradients,
-                    sum_over_ranks, to_device, write_result)
+from common import (Aside, CudaGraph, DataError, DownloadError, HelpFormatter, Training, UsageError, add_run_flags, append_log,
+                    cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
+                    from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run, plot_log,
+                    positive_float, positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders,
+                    sum_gradients, sum_over_ranks, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LearnedRates, adapt, conv4, resnet34, wide_resnet28
 
@@ -771,7 +771,8 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
     prefix = functools.partial(learner.prefix, theta)
     transductive = args.batch_norm == "transductive"
     with torch.set_grad_enabled(train):
-        query = Aside(prefix, query_x) if transductive and query_x.is_cuda else None
+        aside = transductive and query_x.is_cuda and not torch.compiler.is_compiling()
+        query = Aside(prefix, query_x) if aside else None
         features = prefix(support_x)
         loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
         rate, generator = (learner.generator(), None) if args.method == "metasgd" else (args.inner_lr, learner.generator)
@@ -781,7 +782,7 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
                         differentiable=train, kernel=args.kernel)
         adapted = {**theta, **adapted}
         if transductive:
-            return learner.suffix(adapted, query.result() if query else prefix(query_x))
+            return learner.suffix(adapted, query.result() if aside else prefix(query_x))
         both = torch.cat([support_x, query_x], 1)
         return learner.suffix(adapted, prefix(both, support), support)[:, support:]
 

@@ -23,6 +23,8 @@ var come from. All sums are made in two stages without atomics: repeated runs ag
 three products of TF32 or six of bfloat16, which leaves float32's accuracy; with --precision tf32 it is one or three.
 """
 
+import functools
+
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -533,8 +535,14 @@ class _NormPoolReluBackward(Function):
 
 def takes_blocks(x) -> bool:
     """Whether x (T, N, C, H, W) is what `task_blocks` is for, here and now."""
-    return (x.is_cuda and triton is not None and x.dtype in (torch.float32, torch.bfloat16) and x.shape[2] >= 16
-            and not torch.compiler.is_compiling())
+    return x.is_cuda and not torch.compiler.is_compiling() and fits_kernels(x.dtype, x.device) and x.shape[2] >= 16
+
+
+@functools.cache
+def fits_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether these kernels run there: on tensor cores that know TF32 and bfloat16, those of Ampere (sm_80) and later."""
+    known = triton is not None and dtype in (torch.float32, torch.bfloat16)
+    return known and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def task_convolution(x, weight):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from kernels import stem_gpu
+from kernels import block_gpu, stem_gpu
 
 MOST_CHANNELS = 4                # of the images; patches of more are no small matter
 POOL = [2, 2], [2, 2], [0, 0], [1, 1], False         # window, stride, padding, dilation, no rounding up
@@ -28,9 +28,10 @@ CACHED = 2 ** 19                 # numbers of a convolution's output that are wo
 
 def takes_first_block(x) -> bool:
     """Whether x (..., C, H, W) are images for which `first_block` pays, or `first_blocks` on a GPU, here and now."""
-    known = x.device.type == "cpu" or x.is_cuda and stem_gpu.triton is not None and x.dtype in (torch.float32, torch.bfloat16)
-    return (known and x.shape[-3] <= MOST_CHANNELS and not x.requires_grad
-            and not torch.compiler.is_compiling())          # the compiler does not take Functions inside torch.func
+    if torch.compiler.is_compiling():                       # the compiler does not take Functions inside torch.func
+        return False
+    known = x.device.type == "cpu" or x.is_cuda and block_gpu.fits_kernels(x.dtype, x.device)
+    return known and x.shape[-3] <= MOST_CHANNELS and not x.requires_grad
 
 
 def first_block(images, weight, gamma, beta, eps: float = 1e-5):

@@ -26,7 +26,8 @@ def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.
     """The settings of a run and its learner with the weights that its test used. Raises UsageError."""
     try:
         recorded = json.loads((run / "config.json").read_text())
-        args = argparse.Namespace(**{**vars(mini.parse_flags(["--method", recorded["method"]])), **recorded, "eval_batch": mini.DRAWN})
+        recorded["eval_batch"] = mini.DRAWN
+        args = argparse.Namespace(**{**vars(mini.parse_flags(["--method", recorded["method"]])), **recorded})
         checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         learner = mini.build_learner(args, device)
         learner.load(checkpoint["now"]["best"] or checkpoint["weights"])
