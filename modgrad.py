@@ -591,7 +591,7 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
             images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
             blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
         return (blocks[0] if tasks == 1 else torch.cat(blocks)).unflatten(0, (tasks, -1))
-    if support is None and takes_first_block(x):
+    if support is None and x.is_cuda and takes_first_block(x):
         return first_blocks(x, *per_task)
     if support is None and takes_blocks(x):
         return task_blocks(x, weight, *per_task[1:])
