@@ -133,15 +133,15 @@ if triton is not None:
         partial,                         # read   (T, programs, SUMS, C)
         totals,                          # write  (T, SUMS, C): the sums, or mean and r where STATS
         programs, numbers, eps, C: tl.constexpr, SUMS: tl.constexpr, STATS: tl.constexpr,
-        PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+        ROUNDS: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
     ):
         task = tl.program_id(0).to(tl.int64)
         c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         mean = tl.zeros((CHANNELS,), tl.float64)
         for s in tl.static_range(SUMS):
             total = tl.zeros((CHANNELS,), tl.float64)
-            for start in range(0, programs, PARTS):
-                part = start + tl.arange(0, PARTS)
+            for step in range(ROUNDS):
+                part = step * PARTS + tl.arange(0, PARTS)
                 at = ((task * programs + part)[:, None] * SUMS + s) * C + c[None, :]
                 total += tl.sum(tl.load(partial + at, (part < programs)[:, None] & (c < C)[None, :], 0.0).to(tl.float64), 0)
             if STATS:
@@ -398,9 +398,9 @@ def weight_gradient(G, x, size: int, shared: bool):
 def _total(partial, numbers: int = 1, eps: float = 0.0, stats: bool = False):
     """(T, programs, SUMS, C) -> the sums, (T, SUMS, C), or mean and r."""
     tasks, programs, sums, channels = partial.shape
-    totals = torch.empty(tasks, sums, channels, device=partial.device)
+    totals, parts = torch.empty(tasks, sums, channels, device=partial.device), min(256, triton.next_power_of_2(programs))
     _total_kernel[tasks, triton.cdiv(channels, 16)](partial, totals, programs, float(numbers), eps, C=channels, SUMS=sums, STATS=stats,
-                                                    PARTS=min(256, triton.next_power_of_2(programs)), CHANNELS=16)
+                                                    ROUNDS=triton.cdiv(programs, parts), PARTS=parts, CHANNELS=16)
     return totals
 
 

@@ -55,8 +55,7 @@ def errors(block, inputs, *more):
     return [((a - b).norm() / b.norm()).item() for a, b in zip(orders(block, inputs, *more), exact, strict=True)]
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, shared", [(SHAPES[0], True), *zip(SHAPES, (False, False, True, False))], ids=str)
 def test_both_orders_have_float32s_accuracy(shape, shared):
     assert max(errors(ours, tensors(*shape, shared))) < 5e-5         # three products of TF32
 
