@@ -159,11 +159,18 @@ if triton is not None:
         return tl.load(pointer + (task * SUMS + which) * C + c, c < C, 0.0).to(tl.float32)[None, :]
 
     @triton.jit
-    def _pooled_gradient(D, y, winners, at, q, stored):
-        """G of the pixels in place q of the windows whose pooled numbers lie `at`."""
-        d = tl.load(D + at, stored, 0.0).to(tl.float32)
-        opened = (tl.load(y + at, stored, 0.0).to(tl.float32) > 0) & (tl.load(winners + at, stored, 0) == q)
-        return tl.where(opened, d, 0.0)
+    def _g_and_xhat(x, D, y, winners, stats, task, row, c, stored, N, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
+        """G and xhat of the pixels `row` of a task and the channels c; where they lie in (T, N, H, W, C); and r."""
+        at_y, at_x = row // W % H, row % W
+        pooled = (task * N + row // (H * W)) * ((H // 2) * (W // 2)) + at_y // 2 * (W // 2) + at_x // 2
+        at = pooled[:, None] * C + c[None, :]
+        in_pool = stored & ((at_y < H // 2 * 2) & (at_x < W // 2 * 2))[:, None]
+        won = tl.load(winners + at, in_pool, 0) == (at_y % 2 * 2 + at_x % 2)[:, None]
+        opened = won & (tl.load(y + at, in_pool, 0.0).to(tl.float32) > 0)
+        g = tl.where(opened, tl.load(D + at, in_pool, 0.0).to(tl.float32), 0.0)
+        at = (task * N * (H * W) + row[:, None]) * C + c[None, :]
+        r = _vector(stats, task, 1, 2, c, C)
+        return g, (tl.load(x + at, stored, 0.0).to(tl.float32) - _vector(stats, task, 0, 2, c, C)) * r, at, r
 
     @triton.jit
     def _pool_kernel(
@@ -238,13 +245,7 @@ if triton is not None:
         row = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         stored = (row < N * (H * W))[:, None] & (c < C)[None, :]
-        at_y, at_x = row // W % H, row % W
-        pooled = (task * N + row // (H * W)) * ((H // 2) * (W // 2)) + at_y // 2 * (W // 2) + at_x // 2
-        in_pool = stored & ((at_y < H // 2 * 2) & (at_x < W // 2 * 2))[:, None]
-        g = _pooled_gradient(D, y, winners, pooled[:, None] * C + c[None, :], (at_y % 2 * 2 + at_x % 2)[:, None], in_pool)
-        r = _vector(stats, task, 1, 2, c, C)
-        at = (task * N * (H * W) + row[:, None]) * C + c[None, :]
-        xhat = (tl.load(x + at, stored, 0.0).to(tl.float32) - _vector(stats, task, 0, 2, c, C)) * r
+        g, xhat, at, r = _g_and_xhat(x, D, y, winners, stats, task, row, c, stored, N, C, H, W)
         numbers = N * (H * W)
         g = g - _vector(sums, task, 0, 2, c, C) / numbers - xhat * (_vector(sums, task, 1, 2, c, C) / numbers)
         tl.store(dx + at, (_vector(gamma, task, 0, 1, c, C) * r * g).to(dx.dtype.element_ty), stored)
@@ -261,13 +262,8 @@ if triton is not None:
         row = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         stored = (row < N * (H * W))[:, None] & (c < C)[None, :]
-        at_y, at_x = row // W % H, row % W
-        pooled = (task * N + row // (H * W)) * ((H // 2) * (W // 2)) + at_y // 2 * (W // 2) + at_x // 2
-        in_pool = stored & ((at_y < H // 2 * 2) & (at_x < W // 2 * 2))[:, None]
-        g = _pooled_gradient(D, y, winners, pooled[:, None] * C + c[None, :], (at_y % 2 * 2 + at_x % 2)[:, None], in_pool)
-        at = (task * N * (H * W) + row[:, None]) * C + c[None, :]
+        g, xhat, at, r = _g_and_xhat(x, D, y, winners, stats, task, row, c, stored, N, C, H, W)
         u = tl.load(U + at, stored, 0.0).to(tl.float32)
-        xhat = (tl.load(x + at, stored, 0.0).to(tl.float32) - _vector(stats, task, 0, 2, c, C)) * _vector(stats, task, 1, 2, c, C)
         partial += (task * tl.num_programs(0) + tl.program_id(0)) * (3 * C)
         tl.store(partial + c, tl.sum(u, 0), c < C)
         tl.store(partial + C + c, tl.sum(u * xhat, 0), c < C)
@@ -290,14 +286,8 @@ if triton is not None:
         row = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
         stored = (row < N * (H * W))[:, None] & (c < C)[None, :]
-        at_y, at_x = row // W % H, row % W
-        pooled = (task * N + row // (H * W)) * ((H // 2) * (W // 2)) + at_y // 2 * (W // 2) + at_x // 2
-        in_pool = stored & ((at_y < H // 2 * 2) & (at_x < W // 2 * 2))[:, None]
-        g = _pooled_gradient(D, y, winners, pooled[:, None] * C + c[None, :], (at_y % 2 * 2 + at_x % 2)[:, None], in_pool)
-        at = (task * N * (H * W) + row[:, None]) * C + c[None, :]
-        u = tl.load(U + at, stored, 0.0).to(tl.float32)
-        r, numbers = _vector(stats, task, 1, 2, c, C), N * (H * W)
-        xhat = (tl.load(x + at, stored, 0.0).to(tl.float32) - _vector(stats, task, 0, 2, c, C)) * r
+        g, xhat, at, r = _g_and_xhat(x, D, y, winners, stats, task, row, c, stored, N, C, H, W)
+        u, numbers = tl.load(U + at, stored, 0.0).to(tl.float32), N * (H * W)
         sum_g, sum_gx = _vector(sums, task, 0, 2, c, C), _vector(sums, task, 1, 2, c, C)
         sum_u, sum_ux, sum_ug = _vector(more, task, 0, 3, c, C), _vector(more, task, 1, 3, c, C), _vector(more, task, 2, 3, c, C)
         a = _vector(gamma, task, 0, 1, c, C) * r
