@@ -195,11 +195,11 @@ class Setting:
 @contextlib.contextmanager
 def tf32():
     """Matrix products and convolutions in TF32, as `common.setup` does for --precision tf32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    common.allow_tf32(True)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        common.allow_tf32(False)
 
 
 def contenders(method: str, device: torch.device) -> tuple[list[str], dict[str, str]]:

@@ -138,10 +138,15 @@ def setup(args: argparse.Namespace) -> torch.device:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    allow_tf32(args.precision == "tf32")
     torch.backends.cudnn.deterministic = True                      # it costs nothing that could be measured
     keep_freed_memory()
     return device
+
+
+def allow_tf32(on: bool) -> None:
+    """Whether a GPU may multiply float32 numbers with mantissas of 10 bits, in matrix products and convolutions."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def _device(name: str) -> torch.device:
@@ -204,14 +209,9 @@ class Aside:
     """function(*inputs), a tensor, computed on a GPU beside what comes next there, until it is asked for by `result()`.
 
     Its backward pass, too, goes beside the rest, as autograd repeats the order of the streams, until `join_streams` waits for it.
-    Elsewhere it is simply computed.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
-        self.main = None
-        if not inputs[0].is_cuda:
-            self.value = function(*inputs)
-            return
         self.main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
         side.wait_stream(self.main)
         _begun.add(side)
@@ -225,8 +225,7 @@ class Aside:
         self.value.record_stream(self.main)
 
     def result(self) -> torch.Tensor:
-        if self.main is not None:
-            self.main.wait_event(self.done)
+        self.main.wait_event(self.done)
         return self.value
 
 

@@ -341,14 +341,15 @@ def precision(x, over_pixels: bool = False, gpu: bool | None = None) -> dict:
     return {"PRECISION": "tf32" if fast else "tf32x3", "DOT": tl.bfloat16 if half else tl.float32}
 
 
-def _tile(channels: int, most: int) -> int:
+def tile_of(channels: int, most: int) -> int:
+    """Channels of a tile: a power of two that tensor cores take."""
     return max(16, min(most, triton.next_power_of_2(channels)))
 
 
 def _conv(x, packed, out: int, size: int, flip: bool, stats: bool):
     """packed: (T or 1, k k, out, C)."""
     tasks, count, height, width, channels = x.shape
-    y, filters = x.new_empty(tasks, count, height, width, out), _tile(out, FILTERS)
+    y, filters = x.new_empty(tasks, count, height, width, out), tile_of(out, FILTERS)
     programs = triton.cdiv(count * height * width, ROWS)
     partial = torch.empty(tasks, programs, 2, out, device=x.device) if stats else x.new_empty(0)
     _conv_kernel[programs, tasks, triton.cdiv(out, filters)](
@@ -363,20 +364,22 @@ def _by_tap(weight):
 
 
 def convolve(x, weight, stats: bool = False):
-    """y, and the partial sums for the statistics of batch norm, if asked for."""
+    """x (T, N, H, W, C), weight as at the head -> y (T, N, H, W, C'), and (T, programs, 2, C') partial sums of it and of its
+    squares for batch norm, empty unless asked for."""
     return _conv(x, _by_tap(weight).contiguous(), weight.shape[-4], weight.shape[-1], False, stats)
 
 
 def input_gradient(G, weight):
+    """G (T, N, H, W, C') -> to x (T, N, H, W, C)."""
     return _conv(G, _by_tap(weight).transpose(3, 4).contiguous(), weight.shape[-3], weight.shape[-1], True, False)[0]
 
 
 def weight_gradient(G, x, size: int, shared: bool):
-    """(C', C, k, k), the sum over all tasks, if shared, else (T, C', C, k, k); float32."""
+    """G (T, N, H, W, C'), x (T, N, H, W, C) -> float32 (C', C, k, k), the sum over all tasks, if shared, else (T, C', C, k, k)."""
     tasks, count, height, width, channels = x.shape
     out, pixels = G.shape[-1], count * height * width
     split = max(SPLIT, min(8 * SPLIT, triton.next_power_of_2(pixels // 32)))
-    programs, filters = triton.cdiv(pixels, split), _tile(max(channels, out), FILTERS)
+    programs, filters = triton.cdiv(pixels, split), tile_of(max(channels, out), FILTERS)
     partial = torch.empty(programs, tasks, size, size, out, channels, device=x.device)
     blocks = triton.cdiv(channels, filters) * triton.cdiv(out, filters)
     _weight_gradient_kernel[programs, tasks * size * size, blocks](
@@ -397,7 +400,7 @@ def _total(partial, numbers: int = 1, eps: float = 0.0, stats: bool = False):
 def _launch(kernel, rows: int, x, *tensors, sums: int = 0, **sizes):
     """Start a kernel over tiles of `rows` rows of each task; return what it leaves in partial sums, added up."""
     tasks, count, height, width, channels = x.shape
-    tile = _tile(channels, CHANNELS)
+    tile = tile_of(channels, CHANNELS)
     programs = triton.cdiv(rows, PIXELS)
     partial = torch.empty(tasks, programs, sums, channels, device=x.device) if sums else None
     sizes = sizes or {"H": height, "W": width}

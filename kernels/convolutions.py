@@ -25,7 +25,7 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from common import keep_freed_memory
+from common import allow_tf32, keep_freed_memory
 from kernels.benchmark import describe, own_stream, select_device, time_on_cpu, time_on_gpu, write_json
 from kernels.block_gpu import task_convolution
 from kernels.layers import conv2d
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
     leaves what it has. figures: row -> its text after the times."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    allow_tf32(args.precision == "tf32")
     keep_freed_memory()                                      # as the training scripts do
     device = select_device(args.device)
     about, rows = describe(device, module) | more, []

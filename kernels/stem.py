@@ -54,11 +54,7 @@ def first_blocks(images, weight, gamma, beta, eps: float = 1e-5):
     if images.requires_grad:
         raise ValueError("first_blocks is for images that need no gradient: use conv2d and batch_norm")
     images = images.contiguous()
-    products = stem_gpu.moments(images, weight.shape[-1])
-    products = products / products[:, -1:, -1:]                                               # by the number of pixels
-    mean = products[:, -1, :-1]
-    covariance = products[:, :-1, :-1] - mean.unsqueeze(2) * mean.unsqueeze(1)
-    weight, shift = _with_norm(mean, covariance, weight, gamma, beta, eps)
+    weight, shift = _with_norm(*_moments(stem_gpu.moments(images, weight.shape[-1])), weight, gamma, beta, eps)
     return _Pooled.apply(images, weight.to(images.dtype), shift.to(images.dtype))[0].movedim(-1, 2)
 
 
@@ -80,9 +76,14 @@ def patch_moments(images, k: int):
     images = images if images.dtype == torch.float64 else images.float()
     parts = (_patches(part, k) for part in images.split(_parts(2 * images[0].numel() * k * k)))
     products = sum((patches @ patches.mT).double() for patches in parts)
-    products = products / products[-1, -1]                                               # by the number of pixels
-    mean = products[-1, :-1]
-    return mean, products[:-1, :-1] - torch.outer(mean, mean)
+    return _moments(products)
+
+
+def _moments(products):
+    """Sums of products of patches with a one behind them (..., K + 1, K + 1) -> mean (..., K), covariance (..., K, K)."""
+    products = products / products[..., -1:, -1:]                                        # by the number of pixels
+    mean = products[..., -1, :-1]
+    return mean, products[..., :-1, :-1] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def _patches(x, k: int):

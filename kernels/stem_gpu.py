@@ -14,7 +14,7 @@ leaves float32's accuracy. Sums are made in two stages without atomics, so that 
 
 import torch
 
-from kernels.block_gpu import precision
+from kernels.block_gpu import precision, tile_of
 from kernels.modulate import triton
 
 if triton is not None:
@@ -150,10 +150,6 @@ def _sizes(images, k: int, over_pixels: bool = False) -> dict:
             "PIXELS": PIXELS, "num_warps": WARPS, **precision(images, over_pixels)}
 
 
-def _filters(out: int) -> int:
-    return max(16, min(FILTERS, triton.next_power_of_2(out)))
-
-
 def _programs(tiles: int) -> int:
     return triton.cdiv(tiles, TILES)
 
@@ -190,7 +186,7 @@ def gradients(images, D, y, winners, k: int):
     sizes, tasks, out = _sizes(images, k, over_pixels=True), len(y), y.shape[-1]
     programs = _programs(sizes["N"] * triton.cdiv(y.shape[2] * y.shape[3], PIXELS))
     partial = torch.empty(tasks, programs, out, sizes["KP"], device=images.device)
-    filters = _filters(out)
+    filters = tile_of(out, FILTERS)
     _gradients_kernel[programs, tasks, triton.cdiv(out, filters)](images, D.contiguous(), y, winners, partial, OUT=out,
                                                                   FILTERS=filters, TILES=TILES, **sizes)
     total, numbers = partial.sum(1), sizes["C"] * k * k
@@ -203,7 +199,7 @@ def _output_shape(images, out: int) -> tuple:
 
 
 def _launch_pooled(images, weight, shift, out, winners, y, given: bool) -> None:
-    filters = _filters(weight.shape[1])
+    filters = tile_of(weight.shape[1], FILTERS)
     grid = images.shape[0] * images.shape[1], triton.cdiv(y.shape[2] * y.shape[3], PIXELS), triton.cdiv(weight.shape[1], filters)
     _pooled_kernel[grid](images, weight.contiguous(), shift.contiguous(), out, winners, y, OUT=weight.shape[1], FILTERS=filters,
                          GIVEN=given, **_sizes(images, weight.shape[-1]))

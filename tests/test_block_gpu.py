@@ -15,6 +15,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device, or Triton's interpreter")
 # (H, W), k, C, C'; odd planes, more channels than a step and a tile
+CLOSE = 2e-5        # of the norm: 4e-7 seen in the interpreter, 5e-6 of weight gradients on an H200, 1e-3 with one product of TF32
 SHAPES = [((5, 4), 3, 16, 16), ((3, 7), 3, 20, 8), ((2, 4), 1, 40, 70), ((3, 2), 5, 16, 5)]
 
 
@@ -57,25 +58,25 @@ def errors(block, inputs, *more):
 
 @pytest.mark.parametrize("shape, shared", [(SHAPES[0], True), *zip(SHAPES, (False, False, True, False))], ids=str)
 def test_both_orders_have_float32s_accuracy(shape, shared):
-    assert max(errors(ours, tensors(*shape, shared))) < 5e-5         # three products of TF32
+    assert max(errors(ours, tensors(*shape, shared))) < CLOSE
 
 
 @pytest.mark.parametrize("of", [(0,), (1,), (2, 3), (0, 1)], ids=str)
 def test_second_derivatives_of_some_gradients_only(of):
-    assert max(errors(ours, tensors(), of)) < 5e-5
+    assert max(errors(ours, tensors(), of)) < CLOSE
 
 
 def test_many_tiles(monkeypatch):
     for name, value in (("ROWS", 16), ("DEPTH", 16), ("FILTERS", 16), ("SPLIT", 32), ("PIXELS", 16), ("CHANNELS", 16)):
         monkeypatch.setattr(block_gpu, name, value)
-    assert max(errors(ours, tensors((5, 4), 3, 20, 18))) < 5e-5
+    assert max(errors(ours, tensors((5, 4), 3, 20, 18))) < CLOSE
 
 
 def test_16_bits_cost_what_their_rounding_costs():
     inputs = tensors(dtype=torch.bfloat16)
     assert ours(*inputs).dtype == torch.bfloat16
     found = errors(ours, inputs)
-    assert all(0 < error < 0.1 for error in found)
+    assert all(1e-3 < error < 0.03 for error in found)              # a number is rounded by 4e-3 at most; 0.014 seen
 
 
 @pytest.mark.parametrize("shared", [True, False])

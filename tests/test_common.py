@@ -492,11 +492,6 @@ def test_a_fingerprint_follows_name_size_and_time(tmp_path):
     assert len(set(marks)) == 3
 
 
-def test_what_goes_aside_is_computed_where_there_is_no_gpu():
-    assert common.Aside(lambda a, b: a + b, torch.ones(2), torch.ones(2)).result().tolist() == [2, 2]
-    common.join_streams()
-
-
 def test_an_optimisers_state_goes_on_in_another_implementation():
     """A GPU's one-kernel Adam saves what the CPU's reads, and the other way round."""
     def steps(fused, state, count):

@@ -40,14 +40,14 @@ def errors(block, x, parameters):
 def test_both_orders_have_float32s_accuracy(shape, tiles, monkeypatch):
     """With one tile a program, or several, some of which lie beyond the end."""
     monkeypatch.setattr(stem_gpu, "TILES", tiles)
-    assert max(errors(first_blocks, *tensors(*shape))) < 2e-5              # 4e-7 seen in the interpreter; three products of TF32
+    assert max(errors(first_blocks, *tensors(*shape))) < 2e-5              # 4e-7 seen in the interpreter, 6e-6 on an H200
 
 
 def test_16_bits_cost_what_their_rounding_costs():
     x, parameters = tensors(dtype=torch.bfloat16)
     assert first_blocks(x, *parameters).dtype == torch.bfloat16
     rounded = lambda x, w, g, b: each(x.float(), w, g, b).bfloat16()       # of the output alone
-    assert sum(errors(first_blocks, x, parameters)) < 3 * sum(errors(rounded, x, parameters)) + 0.1
+    assert sum(errors(first_blocks, x, parameters)) < 3 * sum(errors(rounded, x, parameters))     # 1.7 seen: weights are rounded too
 
 
 def test_moments_are_those_of_all_patches():

@@ -215,3 +215,42 @@ def test_the_evaluation_tasks_do_not_depend_on_how_many_are_evaluated_at_once(mo
         found[at_once] = torch.cat([sums for sums, _ in seen])
     assert all(torch.equal(found[5], other) for other in found.values())
     assert len(set(found[5].tolist())) == 23
+
+
+def test_recorded_gradients_are_those_of_the_present_batch_and_weights(monkeypatch):
+    """What make_gradient does with its recordings, where one is imitated on the CPU: one for each size of a batch, with inputs and
+    gradients that stay in place. Real ones are tested in test_cuda.py."""
+    made = []
+
+    class Imitation:
+        def __init__(self, function, inputs, parameters):
+            made.append(len(inputs[0]))
+            self.function, self.inputs, self.parameters = function, [t.clone() for t in inputs], list(parameters)
+            function(*self.inputs)
+            self.gradients = [p.grad for p in self.parameters]
+
+        def __call__(self, *inputs):
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            totals = self.function(*self.inputs)
+            for p, own in zip(self.parameters, self.gradients):
+                own.copy_(p.grad)
+                p.grad = own
+            return totals
+
+    monkeypatch.setattr(mini, "CudaGraph", Imitation)
+    args = mini.parse_flags([*TINY, "--cuda-graph"])
+    learner, rng = mini.build_learner(args, torch.device("cpu")), torch.Generator().manual_seed(0)
+    images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
+    recorded = mini.make_gradient(learner, args, torch.device("cpu"))
+    for tasks in (3, 2, 3, 3):
+        batch = mini.draw_episodes(args, images, tasks, rng)
+        totals, gradients = recorded(batch, None, tasks), [p.grad.clone() for p in learner.parameters()]
+        assert torch.equal(totals, mini.meta_gradient(learner, args, batch, None, tasks))
+        assert all(torch.equal(p.grad, g) for p, g in zip(learner.parameters(), gradients))
+        with torch.no_grad():
+            [p.mul_(0.9) for p in learner.parameters()]
+    assert made == [3, 2]
+    noisy = mini.parse_flags([*TINY, "--gradient-noise", "0.1"])             # drawn anew for each step: never recorded
+    mini.make_gradient(learner, noisy, torch.device("cuda"))(batch, torch.Generator().manual_seed(0), 3)
+    assert made == [3, 2]
