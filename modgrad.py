@@ -233,21 +233,23 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         if generator is not None and next(iter(theta.values())).is_cuda:
             factors = generator.together()
         current = dict(theta) if given is None else {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
+        before = dict(theta)      # current, but without a task dimension where all tasks start alike: a step then reads one theta
         if refine:
             if generator is None:
                 raise ValueError("refine is a variant of the context update: it needs a generator")
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
-            return _refined(loss_fn, current, gradient, generator, factors, alpha, steps, graph, kernel, normalise_context)
+            return _refined(loss_fn, before, gradient, generator, factors, alpha, steps, graph, kernel, normalise_context)
         for _ in range(steps):
             if not differentiable:
-                current = {name: t.detach() for name, t in current.items()}
+                current, before = ({name: t.detach() for name, t in tensors.items()} for tensors in (current, before))
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
             if generator is None:
                 current = {name: t - rates[name] * gradient[name] for name, t in current.items()}
             else:
-                trial = lambda nu: loss_fn(_modulated(current, gradient, factors(nu), alpha, kernel))
+                trial = lambda nu: loss_fn(_modulated(before, gradient, factors(nu), alpha, kernel))
                 nu = _context(trial, _no_context(generator, next(iter(gradient.values()))), graph, normalise_context)
-                current = _modulated(current, gradient, factors(nu), alpha, kernel)
+                current = _modulated(before, gradient, factors(nu), alpha, kernel)
+            before = current
     return current if differentiable else {name: t.detach() for name, t in current.items()}
 
 
@@ -278,22 +280,23 @@ def _refined(loss_fn, start, gradient, generator, factors, alpha, steps, graph, 
     return step(nu)
 
 
-def _modulated(current, gradient, factors, alpha, kernel) -> Tensors:
-    """{name: theta - alpha relu(row ⊗ col) ⊙ g} for all tensors in one call.
+def _modulated(theta, gradient, factors, alpha, kernel) -> Tensors:
+    """{name: theta - alpha relu(row ⊗ col) ⊙ g} for all tensors in one call; theta (*shape) or (T, *shape), g (T, *shape).
 
     relu lets a number alpha >= 0 ride on the row. A learned one, which may reach 0, where relu passes no gradient, is on g.
     """
-    names, on_row = list(current), 1.0
+    names, on_row = list(theta), 1.0
     if isinstance(alpha, Tensor):
         gradient = {name: alpha * g for name, g in gradient.items()}
     else:
         on_row = alpha
     rows, cols = zip(*(factors[name] for name in names))
-    as_matrix = lambda t, name: t.reshape(len(t), rows[names.index(name)].shape[1], -1)      # (T, n1, n2)
-    stepped = modulated_step([as_matrix(current[name], name) for name in names],
+    sizes = {name: (row.shape[1], col.shape[1]) for name, row, col in zip(names, rows, cols)}                 # n1, n2
+    as_matrix = lambda t, name: t.reshape(*t.shape[: t.dim() - gradient[name].dim() + 1], *sizes[name])       # ([T,] n1, n2)
+    stepped = modulated_step([as_matrix(theta[name], name) for name in names],
                              [as_matrix(gradient[name], name) for name in names],
                              [on_row * row for row in rows], list(cols), kernel=kernel)
-    return {name: t.reshape(current[name].shape) for name, t in zip(names, stepped)}
+    return {name: t.reshape(gradient[name].shape) for name, t in zip(names, stepped)}
 
 
 def _gradient(loss_fn: Callable[[Tensors], Tensor], at: Tensors, graph: bool) -> Tensors:

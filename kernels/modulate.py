@@ -9,7 +9,7 @@ Forward, with s = -1 for `modulated_step` and s = +1 and no theta for `modulate`
     m_ij = relu(a_i b_j)      h_ij = 1[a_i b_j > 0]
     y    = theta + s m ⊙ g
 Backward, given G = dL/dy:
-    d_theta = G               (its sum over tasks where theta is shared: the expand's own derivative)
+    d_theta = G               (its sum over tasks where theta is shared)
     d_g     = s m ⊙ G
     d_a_i   = s sum_j h_ij b_j g_ij G_ij
     d_b_j   = s sum_i h_ij a_i g_ij G_ij
@@ -25,11 +25,17 @@ alpha relu(a b^T) = relu((alpha a) b^T). A learned alpha that may reach 0 is bet
 All tensors of a list share each launch: at Conv-4 sizes a launch costs more than its memory traffic. The sums
 over j and i are made in two stages without atomics (each tile writes its partial sums, a second kernel adds
 them in a fixed order), so repeated runs agree bit for bit.
+
+A theta that all tasks share, as in the first inner step, is read from memory once: the programs of one tile and
+all tasks follow each other, and find it in the L2 cache. Its gradient, the sum of G over tasks, is made where G is
+read anyway: of a large matrix a program takes its tile of all tasks, one after the other, of a small one, whose
+G is still in the cache, the second kernel adds it up.
 """
 
 import contextlib
 import functools
 import inspect
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -46,6 +52,7 @@ MAX_TENSORS_PER_LAUNCH = 8               # a kernel holds one copy of its code p
 CLOSED_FROM = 2 ** 14                    # elements (T n1 n2): a CPU gains less by the closed forms below
 TILE = 1024                              # elements: 16 x 64 on 4 warps stays under 128 registers a thread
 SUM_BLOCK = (16, 64)                     # (partial sums, vector entries) added at a time by the second stage
+LARGE = 2 ** 20                          # elements (n1 n2) from which there are tiles enough to fill a GPU for each task alone
 # Fusion of multiply and add is named because Triton's default for it is changing.
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -104,8 +111,9 @@ if triton is not None:
     ):
         program = tl.program_id(0)
         PROGRAMS: tl.constexpr = FIRST[len(grad)]
-        task = (program // PROGRAMS).to(tl.int64)        # 64 bits: T n1 n2 may pass 2**31
-        tile = program % PROGRAMS
+        tasks = tl.num_programs(0) // PROGRAMS
+        task = (program % tasks).to(tl.int64)            # 64 bits: T n1 n2 may pass 2**31
+        tile = program // tasks                          # the tasks of a tile in turn: they read the same theta
         for k in tl.static_range(len(grad)):
             if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
                 _forward_tiles(theta[k], grad[k], row[k], col[k], out[k], task, tile - FIRST[k], k,
@@ -161,6 +169,56 @@ if triton is not None:
             if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
                 _backward_tiles(out_grad[k], grad[k], row[k], col[k], d_grad[k], partial, task,
                                 tile - FIRST[k], k, SHAPES, BLOCKS, OFFSETS, WIDTH, SIGN, ACC)
+
+    @triton.jit
+    def _shared_backward_tiles(out_grad, grad, row, col, d_theta, d_grad, partial, tasks, tile, k: tl.constexpr,
+                               SHAPES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr,
+                               WIDTH: tl.constexpr, SIGN: tl.constexpr, ACC: tl.constexpr):
+        N1: tl.constexpr = SHAPES[k][0]
+        N2: tl.constexpr = SHAPES[k][1]
+        ROWS: tl.constexpr = BLOCKS[k][0]
+        COLS: tl.constexpr = BLOCKS[k][1]
+        COL_TILES: tl.constexpr = (N2 + COLS - 1) // COLS
+        i, i_in = _span(tile // COL_TILES, ROWS, N1)
+        j, j_in = _span(tile % COL_TILES, COLS, N2)
+        at = i[:, None] * N2 + j[None, :]
+        inside = i_in[:, None] & j_in[None, :]
+        total = tl.zeros((ROWS, COLS), ACC)
+        task = tl.zeros((), tl.int64)
+        for _ in range(tasks):
+            a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
+            b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
+            g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            G = tl.load(out_grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
+            total += G
+            product = a[:, None] * b[None, :]
+            d_g = SIGN * (_relu(product) * G)
+            tl.store(d_grad + task * (N1 * N2) + at, d_g.to(d_grad.dtype.element_ty), inside)
+            open_gG = SIGN * tl.where(product <= 0, 0.0, g * G)
+            sums = partial + task * WIDTH
+            tl.store(sums + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, tl.sum(open_gG * b[None, :], 1), i_in)
+            tl.store(sums + OFFSETS[k][1] + (tile // COL_TILES) * N2 + j, tl.sum(open_gG * a[:, None], 0), j_in)
+            task += 1
+        tl.store(d_theta + at, total.to(d_theta.dtype.element_ty), inside)
+
+    @triton.jit(do_not_specialize=["tasks"])
+    def _shared_backward_kernel(
+        out_grad,                        # read   (T, n1, n2) each: G
+        grad,                            # read   (T, n1, n2) each
+        row,                             # read   (T, n1) each
+        col,                             # read   (T, n2) each
+        d_theta,                         # write  (n1, n2) each: G summed over tasks
+        d_grad,                          # write  (T, n1, n2) each
+        partial,                         # write  (T, WIDTH): as in _backward_kernel
+        tasks,                           # T; tensor k owns programs FIRST[k] to FIRST[k + 1] - 1, each for all tasks
+        SHAPES: tl.constexpr, BLOCKS: tl.constexpr, FIRST: tl.constexpr, OFFSETS: tl.constexpr,
+        WIDTH: tl.constexpr, SIGN: tl.constexpr, ACC: tl.constexpr,
+    ):
+        tile = tl.program_id(0)
+        for k in tl.static_range(len(grad)):
+            if (tile >= FIRST[k]) & (tile < FIRST[k + 1]):
+                _shared_backward_tiles(out_grad[k], grad[k], row[k], col[k], d_theta[k], d_grad[k], partial, tasks,
+                                       tile - FIRST[k], k, SHAPES, BLOCKS, OFFSETS, WIDTH, SIGN, ACC)
 
     @triton.jit
     def _double_backward_tiles(out_grad, grad, row, col, x, p, q, to_out_grad, to_grad, partial, task, tile,
@@ -230,35 +288,46 @@ if triton is not None:
                                        OFFSETS, WIDTH, HAS_X, SIGN, ACC)
 
     @triton.jit
-    def _sum_block(partial, vector, task, block, v: tl.constexpr, SUMS: tl.constexpr,
-                   SUM_BLOCK: tl.constexpr):
-        COUNT: tl.constexpr = SUMS[v][1]
-        N: tl.constexpr = SUMS[v][2]
+    def _add_up(source, count, target, block, N: tl.constexpr, SUM_BLOCK: tl.constexpr, ACC: tl.constexpr):
+        """Block `block` of source (count, N), summed over its first axis in a fixed order, into target (N,)."""
         PARTS: tl.constexpr = SUM_BLOCK[0]
-        ENTRIES: tl.constexpr = SUM_BLOCK[1]
-        i, i_in = _span(block, ENTRIES, N)
-        total = tl.zeros((ENTRIES,), partial.dtype.element_ty)
-        for part in range((COUNT + PARTS - 1) // PARTS):
-            c, c_in = _span(part, PARTS, COUNT)
+        i, i_in = _span(block, SUM_BLOCK[1], N)
+        total = tl.zeros((SUM_BLOCK[1],), ACC)
+        for part in range((count + PARTS - 1) // PARTS):
+            c, c_in = _span(part, PARTS, count)
             inside = c_in[:, None] & i_in[None, :]
-            total += tl.sum(tl.load(partial + SUMS[v][0] + c[:, None] * N + i[None, :], inside, 0.0), 0)
-        tl.store(vector + task * N + i, total.to(vector.dtype.element_ty), i_in)
+            at = c[:, None].to(tl.int64) * N + i[None, :]
+            total += tl.sum(tl.load(source + at, inside, 0.0).to(ACC), 0)
+        tl.store(target + i, total.to(target.dtype.element_ty), i_in)
 
     @triton.jit
     def _sum_kernel(
         partial,                         # read   (T, WIDTH)
         vectors,                         # write  (T, n) each: all row results, then all column results
+        out_grad,                        # read   (T, n1, n2) each: G
+        d_theta,                         # write  (n1, n2) each: G summed over tasks
         SUMS: tl.constexpr,              # per vector (where its partial sums start, their count, n)
-        SUM_FIRST: tl.constexpr,         # vector v owns programs SUM_FIRST[v] to SUM_FIRST[v + 1] - 1
+        SUM_FIRST: tl.constexpr,         # vector v owns programs SUM_FIRST[v] to SUM_FIRST[v + 1] - 1 of each task
+        ELEMENTS: tl.constexpr,          # n1 n2 of each d_theta; () where there is none
+        THETA_FIRST: tl.constexpr,       # d_theta k owns programs THETA_FIRST[k] to THETA_FIRST[k + 1] - 1 of those that follow
         WIDTH: tl.constexpr, SUM_BLOCK: tl.constexpr,
+        ACC: tl.constexpr,               # arithmetic type
     ):
         program = tl.program_id(0)
         PROGRAMS: tl.constexpr = SUM_FIRST[len(vectors)]
+        tasks = (tl.num_programs(0) - THETA_FIRST[len(ELEMENTS)]) // PROGRAMS
         task = (program // PROGRAMS).to(tl.int64)
-        block = program % PROGRAMS
-        for v in tl.static_range(len(vectors)):
-            if (block >= SUM_FIRST[v]) & (block < SUM_FIRST[v + 1]):
-                _sum_block(partial + task * WIDTH, vectors[v], task, block - SUM_FIRST[v], v, SUMS, SUM_BLOCK)
+        if task < tasks:
+            block = program % PROGRAMS
+            for v in tl.static_range(len(vectors)):
+                if (block >= SUM_FIRST[v]) & (block < SUM_FIRST[v + 1]):
+                    _add_up(partial + task * WIDTH + SUMS[v][0], SUMS[v][1], vectors[v] + task * SUMS[v][2],
+                            block - SUM_FIRST[v], SUMS[v][2], SUM_BLOCK, ACC)
+        else:
+            block = program - tasks * PROGRAMS
+            for k in tl.static_range(len(ELEMENTS)):
+                if (block >= THETA_FIRST[k]) & (block < THETA_FIRST[k + 1]):
+                    _add_up(out_grad[k], tasks, d_theta[k], block - THETA_FIRST[k], ELEMENTS[k], SUM_BLOCK, ACC)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -292,13 +361,19 @@ def _block(n1: int, n2: int) -> tuple:
     return rows, columns, 4 if n1 * n2 >= 2 ** 20 else 1
 
 
+def _shared_block(n1: int, n2: int) -> tuple:
+    """The same for the programs that take a tile of all tasks: twice as tall, so that there are fewer partial sums of b."""
+    rows, columns, _ = _block(n1, n2)
+    return min(2 * rows, _power_of_two(n1)), columns, 1
+
+
 @functools.lru_cache(maxsize=256)
-def _plan(shapes: tuple) -> Plan:
+def _plan(shapes: tuple, shared: bool = False) -> Plan:
     for n1, n2 in shapes:
         if n1 * n2 >= 2 ** 31:           # inside a task the kernels count elements in 32 bits
             raise ValueError(f"a {n1} x {n2} matrix is too large for the Triton kernels: n1 * n2 must be "
                              f'below 2**31; choose kernel "eager"')
-    blocks = tuple(_block(n1, n2) for n1, n2 in shapes)
+    blocks = tuple((_shared_block if shared else _block)(n1, n2) for n1, n2 in shapes)
     first, offsets, row_sums, col_sums, width = [0], [], [], [], 0
     for (n1, n2), (rows, columns, steps) in zip(shapes, blocks):
         down, across = -(-n1 // (rows * steps)), -(-n2 // columns)
@@ -308,14 +383,16 @@ def _plan(shapes: tuple) -> Plan:
         col_sums.append((width + across * n1, down, n2))
         width += across * n1 + down * n2
     sums = tuple(row_sums + col_sums)
-    sum_first = [0]
-    for _, _, n in sums:
-        sum_first.append(sum_first[-1] + -(-n // SUM_BLOCK[1]))
-    return Plan(shapes, blocks, tuple(first), tuple(offsets), width, sums, tuple(sum_first))
+    return Plan(shapes, blocks, tuple(first), tuple(offsets), width, sums, _sum_programs(n for _, _, n in sums))
 
 
-def _plan_for(grads) -> Plan:
-    return _plan(tuple(tuple(grad.shape[1:]) for grad in grads))
+def _sum_programs(sizes) -> tuple:
+    """Return where the programs of each sum of `sizes` entries start, and where the last one's end."""
+    return tuple(itertools.accumulate((-(-n // SUM_BLOCK[1]) for n in sizes), initial=0))
+
+
+def _plan_for(grads, shared: bool = False) -> Plan:
+    return _plan(tuple(tuple(grad.shape[1:]) for grad in grads), shared)
 
 
 def _dense(tensors) -> tuple:
@@ -335,42 +412,73 @@ def _accumulator(grads) -> tuple:
 
 
 def _launch(kernel, programs: int, tensor: torch.Tensor, *arguments) -> None:
-    if programs * tensor.shape[0] >= 2 ** 31:
-        raise ValueError(f"{programs} tiles for each of {tensor.shape[0]} tasks exceed the 2**31 - 1 "
-                         f"programs of one launch: pass fewer tasks at a time")
+    if programs >= 2 ** 31:
+        raise ValueError(f"the tiles of all {tensor.shape[0]} tasks exceed the 2**31 - 1 programs of one launch: "
+                         f"pass fewer tasks at a time")
     on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
     with on_device:                      # Triton launches on the current device, not on the tensors' one
-        kernel[(programs * tensor.shape[0],)](*arguments, **LAUNCH_OPTIONS)
+        kernel[(programs,)](*arguments, **LAUNCH_OPTIONS)
 
 
 def _launch_forward(sign: int, thetas, grads, rows, cols) -> tuple:
-    """Return y for each tensor; `thetas` is empty when sign is +1."""
+    """Return y for each tensor; `thetas`, (n1, n2) or (T, n1, n2) each, is empty when sign is +1."""
     plan, (acc, _) = _plan_for(grads), _accumulator(grads)
-    shared = tuple(theta.stride(0) == 0 and theta[0].is_contiguous() for theta in thetas)
-    strides = tuple(0 if one else n1 * n2 for one, (n1, n2) in zip(shared, plan.shapes)) or (0,) * len(grads)
-    thetas = tuple(theta[0] if one else theta.contiguous() for one, theta in zip(shared, thetas))
+    repeated = lambda theta: theta.dim() == 3 and theta.stride(0) == 0 and theta[0].is_contiguous()      # an expanded view
+    thetas = tuple(theta[0] if repeated(theta) else theta.contiguous() for theta in thetas)
+    strides = tuple(0 if theta.dim() == 2 else theta[0].numel() for theta in thetas) or (0,) * len(grads)
     grads, out = _dense(grads), _empty(grads)
-    _launch(_forward_kernel, plan.first[-1], grads[0], thetas or grads, grads, _dense(rows), _dense(cols),
+    _launch(_forward_kernel, plan.first[-1] * len(grads[0]), grads[0], thetas or grads, grads, _dense(rows), _dense(cols),
             out, plan.shapes, plan.blocks, plan.first, strides, sign < 0, acc)
     return out
 
 
-def _launch_sums(plan: Plan, partial, rows, cols) -> tuple:
-    """Add the partial sums (T, plan.width) up; return vectors shaped like rows, then like cols."""
-    vectors = _empty(rows) + _empty(cols)
-    _launch(_sum_kernel, plan.sum_first[-1], partial, partial, vectors, plan.sums, plan.sum_first, plan.width,
-            SUM_BLOCK)
-    return vectors
+def _launch_sums(plan: Plan, acc, partial, rows, cols, out_grads=()) -> tuple:
+    """Add the partial sums (T, plan.width) up; return `out_grads` summed over tasks, then vectors shaped like rows and cols."""
+    d_thetas, vectors = _empty([G[0] for G in out_grads]), _empty(rows) + _empty(cols)
+    elements = tuple(d_theta.numel() for d_theta in d_thetas)
+    first = _sum_programs(elements)
+    _launch(_sum_kernel, plan.sum_first[-1] * len(partial) + first[-1], partial, partial, vectors, out_grads or vectors,
+            d_thetas or vectors, plan.sums, plan.sum_first, elements, first, plan.width, SUM_BLOCK, acc)
+    return d_thetas + vectors
 
 
-def _launch_backward(sign: int, out_grads, grads, rows, cols) -> tuple:
-    """Return d_g of each tensor, then d_a of each, then d_b of each."""
+def _launch_backward(sign: int, shared, out_grads, grads, rows, cols) -> tuple:
+    """Return d_theta of each tensor whose theta is shared, then d_g of each, d_a of each and d_b of each.
+
+    shared: for each tensor whether theta is one matrix for all tasks; empty where there is no theta.
+    """
+    shared = shared or (False,) * len(grads)
+    apart = [one and grad[0].numel() >= LARGE for one, grad in zip(shared, grads)]
+    results = {}                         # (0 for d_theta to 3 for d_b, tensor) -> gradient
+    for large in set(apart):             # tensors of both kinds need two launches
+        ks = [k for k, of_this_kind in enumerate(apart) if of_this_kind == large]
+        summed = [k for k in ks if shared[k]]
+        found = (_launch_large_backward if large else _launch_small_backward)(
+            sign, [shared[k] for k in ks], *(tuple(group[k] for k in ks) for group in (out_grads, grads, rows, cols)))
+        keys = [(0, k) for k in summed] + [(kind, k) for kind in (1, 2, 3) for k in ks]
+        results.update(zip(keys, found, strict=True))
+    return tuple(results[key] for key in sorted(results))
+
+
+def _launch_small_backward(sign: int, shared, out_grads, grads, rows, cols) -> tuple:
     plan, (acc, acc_dtype) = _plan_for(grads), _accumulator(grads)
-    d_grads, grads = _empty(grads), _dense(grads)
+    d_grads, grads, out_grads = _empty(grads), _dense(grads), _dense(out_grads)
     partial = torch.empty((grads[0].shape[0], plan.width), dtype=acc_dtype, device=grads[0].device)
-    _launch(_backward_kernel, plan.first[-1], partial, _dense(out_grads), grads, _dense(rows), _dense(cols),
+    _launch(_backward_kernel, plan.first[-1] * len(partial), partial, out_grads, grads, _dense(rows), _dense(cols),
             d_grads, partial, plan.shapes, plan.blocks, plan.first, plan.offsets, plan.width, sign, acc)
-    return d_grads + _launch_sums(plan, partial, rows, cols)
+    summed = tuple(G for one, G in zip(shared, out_grads) if one)
+    found = _launch_sums(plan, acc, partial, rows, cols, summed)
+    return found[:len(summed)] + d_grads + found[len(summed):]
+
+
+def _launch_large_backward(sign: int, shared, out_grads, grads, rows, cols) -> tuple:
+    plan, (acc, acc_dtype) = _plan_for(grads, shared=True), _accumulator(grads)
+    d_thetas, d_grads, grads = _empty([grad[0] for grad in grads]), _empty(grads), _dense(grads)
+    tasks = len(grads[0])
+    partial = torch.empty((tasks, plan.width), dtype=acc_dtype, device=grads[0].device)
+    _launch(_shared_backward_kernel, plan.first[-1], partial, _dense(out_grads), grads, _dense(rows), _dense(cols),
+            d_thetas, d_grads, partial, tasks, plan.shapes, plan.blocks, plan.first, plan.offsets, plan.width, sign, acc)
+    return d_thetas + d_grads + _launch_sums(plan, acc, partial, rows, cols)
 
 
 def _launch_double_backward(sign: int, out_grads, grads, rows, cols, xs, ps, qs) -> tuple:
@@ -378,10 +486,10 @@ def _launch_double_backward(sign: int, out_grads, grads, rows, cols, xs, ps, qs)
     plan, (acc, acc_dtype) = _plan_for(grads), _accumulator(grads)
     to_out_grads, to_grads, grads = _empty(grads), _empty(grads), _dense(grads)
     partial = torch.empty((grads[0].shape[0], plan.width), dtype=acc_dtype, device=grads[0].device)
-    _launch(_double_backward_kernel, plan.first[-1], partial, _dense(out_grads), grads, _dense(rows),
+    _launch(_double_backward_kernel, plan.first[-1] * len(partial), partial, _dense(out_grads), grads, _dense(rows),
             _dense(cols), _dense(xs) or grads, _dense(ps), _dense(qs), to_out_grads, to_grads, partial,
             plan.shapes, plan.blocks, plan.first, plan.offsets, plan.width, bool(xs), sign, acc)
-    return to_out_grads + to_grads + _launch_sums(plan, partial, rows, cols)
+    return to_out_grads + to_grads + _launch_sums(plan, acc, partial, rows, cols)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -427,7 +535,7 @@ def _closed_forward(sign: int, thetas, grads, rows, cols) -> tuple:
 
 @_in_float32
 def _closed_backward(sign: int, out_grads, grads, rows, cols) -> tuple:
-    """As `_launch_backward`."""
+    """As `_launch_backward` of no shared theta."""
     results = []
     for G, g, a, b in zip(out_grads, grads, rows, cols):
         d_g = _signed_mask(sign, a, b).mul_(G)
@@ -466,12 +574,13 @@ class _Form(NamedTuple):
 
     sign: int                            # s
     triton: bool                         # else the closed forms in PyTorch
+    shared: tuple                        # for each tensor whether theta is one matrix for all tasks; empty without theta
 
     def forward(self, *groups) -> tuple:
         return (_launch_forward if self.triton else _closed_forward)(self.sign, *groups)
 
     def backward(self, *groups) -> tuple:
-        return (_launch_backward if self.triton else _closed_backward)(self.sign, *groups)
+        return _launch_backward(self.sign, self.shared, *groups) if self.triton else _closed_backward(self.sign, *groups)
 
     def double_backward(self, *groups) -> tuple:
         return (_launch_double_backward if self.triton else _closed_double_backward)(self.sign, *groups)
@@ -482,14 +591,15 @@ def _groups(tensors, count: int) -> list:
     return [tuple(tensors[start:start + size]) for start in range(0, len(tensors), size)]
 
 
+def _mapped_first(value, axis, info):
+    """Bring vmap's axis, of B entries, to the front, without a copy."""
+    return value.expand(info.batch_size, *value.shape) if axis is None else value.movedim(axis, 0)
+
+
 def _fold_vmap(function, info, in_dims, arguments) -> tuple:
     """Apply `function` with the mapped axis moved into the task axis; return its outputs and their axes."""
-    folded = []
-    for value, axis in zip(arguments, in_dims):
-        if isinstance(value, torch.Tensor):
-            mapped = value.expand(info.batch_size, *value.shape) if axis is None else value.movedim(axis, 0)
-            value = mapped.flatten(0, 1)
-        folded.append(value)
+    folded = [_mapped_first(value, axis, info).flatten(0, 1) if isinstance(value, torch.Tensor) else value
+              for value, axis in zip(arguments, in_dims)]
     outputs = function.apply(*folded)
     return tuple(out.unflatten(0, (info.batch_size, -1)) for out in outputs), (0,) * len(outputs)
 
@@ -510,16 +620,24 @@ class _Modulate(Function):
 
     @staticmethod
     def backward(ctx, *out_grads):
-        d_theta = out_grads if ctx.form.sign < 0 else ()
-        return None, *d_theta, *_ModulateBackward.apply(ctx.form, *out_grads, *ctx.saved_tensors)
+        gradients = _ModulateBackward.apply(ctx.form, *out_grads, *ctx.saved_tensors)
+        summed = iter(gradients[:sum(ctx.form.shared)])
+        d_theta = [next(summed) if one else G for one, G in zip(ctx.form.shared, out_grads)]
+        return None, *d_theta, *gradients[sum(ctx.form.shared):]
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _fold_vmap(_Modulate, info, in_dims, arguments)
+    def vmap(info, in_dims, form, *tensors):
+        # A shared theta becomes a view for each task: its gradient may not be summed over mapped entries.
+        tasks, tensors, axes = _mapped_first(tensors[-1], in_dims[-1], info).shape[1], list(tensors), list(in_dims)
+        for k, one in enumerate(form.shared):
+            if one:
+                tensors[k] = _mapped_first(tensors[k], axes[k + 1], info).unsqueeze(1).expand(-1, tasks, -1, -1)
+                axes[k + 1] = 0
+        return _fold_vmap(_Modulate, info, axes, (form._replace(shared=(False,) * len(form.shared)), *tensors))
 
 
 class _ModulateBackward(Function):
-    """(form, out_grads, grads, rows, cols) -> d_g, d_a, d_b of each tensor."""
+    """(form, out_grads, grads, rows, cols) -> d_theta of those that are shared, d_g, d_a, d_b of each tensor."""
 
     @staticmethod
     def forward(form, *tensors):
@@ -533,15 +651,23 @@ class _ModulateBackward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
+        of_thetas, cotangents = cotangents[:sum(ctx.form.shared)], cotangents[sum(ctx.form.shared):]
         xs, ps, qs = _groups(cotangents, 3)
         _, grads, rows, cols = _groups(ctx.saved_tensors, 4)
         xs = () if all(x is None for x in xs) else _or_zeros(xs, grads)
         cotangents = *xs, *_or_zeros(ps, rows), *_or_zeros(qs, cols)
-        return None, *_ModulateDoubleBackward.apply(ctx.form, bool(xs), *ctx.saved_tensors, *cotangents)
+        gradients = list(_ModulateDoubleBackward.apply(ctx.form, bool(xs), *ctx.saved_tensors, *cotangents))
+        for k, of_theta in zip((k for k, one in enumerate(ctx.form.shared) if one), of_thetas):
+            if of_theta is not None:         # d_theta is the sum of G: each task's G gets its cotangent
+                gradients[k] = gradients[k] + of_theta
+        return None, *gradients
 
     @staticmethod
-    def vmap(info, in_dims, *arguments):
-        return _fold_vmap(_ModulateBackward, info, in_dims, arguments)
+    def vmap(info, in_dims, form, *tensors):
+        # The sums over tasks are not those over tasks and mapped entries, so they are made here.
+        outputs, axes = _fold_vmap(_ModulateBackward, info, in_dims, (form._replace(shared=()), *tensors))
+        summed = tuple(_mapped_first(G, axis, info).sum(1) for one, G, axis in zip(form.shared, tensors, in_dims[1:]) if one)
+        return summed + outputs, (0,) * len(summed) + axes
 
 
 def _or_zeros(cotangents, like) -> tuple:
@@ -683,7 +809,7 @@ def _run(theta, grad, row, col, kernel: str, step: bool):
     elif backend == "closed":
         out = _run_closed(entries, step)
     else:
-        out = _run_functions(groups, step, _Form(-1 if step else 1, triton=True))
+        out = _run_functions(groups, step, triton=True)
     return out[0] if single else out
 
 
@@ -692,7 +818,7 @@ def _run_closed(entries, step: bool) -> list:
     out = [None if k in large else _small(*entry) for k, entry in enumerate(entries)]
     if large:
         groups = [list(group) for group in zip(*(entries[k] for k in large))]
-        for k, y in zip(large, _run_functions(groups, step, _Form(-1 if step else 1, triton=False))):
+        for k, y in zip(large, _run_functions(groups, step, triton=False)):
             out[k] = y
     return out
 
@@ -705,13 +831,14 @@ def _small(*entry):
     return torch.addcmul(theta[0], m, grad, value=-1) if theta else m * grad
 
 
-def _run_functions(groups, step: bool, form: _Form) -> list:
-    if step:                             # expand's own derivative sums over the tasks of a shared theta
+def _run_functions(groups, step: bool, triton: bool) -> list:
+    if step and not triton:              # a closed form gains nothing by the sum, and may not be asked for it
         groups = [[theta.expand(grad.shape) for theta, grad in zip(*groups[:2])], *groups[1:]]
     out = []
     for start in range(0, len(groups[0]), MAX_TENSORS_PER_LAUNCH):
-        part = [tensor for group in groups for tensor in group[start:start + MAX_TENSORS_PER_LAUNCH]]
-        out.extend(_Modulate.apply(form, *part))
+        part = [group[start:start + MAX_TENSORS_PER_LAUNCH] for group in groups]
+        form = _Form(-1 if step else 1, triton, tuple(theta.dim() == 2 for theta in part[0]) if step else ())
+        out.extend(_Modulate.apply(form, *(tensor for group in part for tensor in group)))
     return out
 
 

@@ -27,7 +27,7 @@ from kernels.stem import first_blocks
 
 source = importlib.import_module("kernels.modulate")         # the package's attribute of that name is the function
 block, stem = (importlib.import_module(f"kernels.{name}_gpu") for name in ("block", "stem"))
-KERNELS = ("_forward_kernel", "_backward_kernel", "_double_backward_kernel", "_sum_kernel")
+KERNELS = ("_forward_kernel", "_backward_kernel", "_shared_backward_kernel", "_double_backward_kernel", "_sum_kernel")
 SIZES = {"conv4": [(192, 192), (1, 64)], "wrn": [(1920, 1920)]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,7 +80,8 @@ def compile_all(capability: int, dtype: torch.dtype, shapes) -> list:
             recorder = Recorder(getattr(source, name), compiled)
             patches.enter_context(mock.patch.object(source, name, recorder))
         source._launch_forward(-1, tuple(m[:1].expand_as(m) for m in matrices), matrices, rows, cols)
-        source._launch_backward(-1, matrices, matrices, rows, cols)
+        for shared in (False, True):
+            source._launch_backward(-1, (shared,) * len(shapes), matrices, matrices, rows, cols)
         source._launch_double_backward(-1, matrices, matrices, rows, cols, matrices, rows, cols)
     return compiled
 

@@ -415,13 +415,14 @@ def by_layer(name, size_title, size, unit, cell):
 def resources():
     """One row a GPU, dtype and size: registers a thread of each kernel; the largest stack and number of spills of them."""
     file = json.loads((HERE / "kernels-resources.json").read_text())
-    names = ("forward", "backward", "double_backward", "sum")
+    names = ("forward", "backward", "shared_backward", "double_backward", "sum")
     rows = [f"| compiled for | dtype | size | {' | '.join(f'{n.replace(chr(95), chr(32))}, registers' for n in names)} | stack bytes, spills |",
             f"| --- | --- | --- | {' | '.join('---' for _ in names)} | --- |"]
     found = {(r["gpu"], r["dtype"], r["size"], r["kernel"]): r for r in file["kernels"] if r["size"] != "network"}
     for gpu, dtype, size in dict.fromkeys(key[:3] for key in found):
-        of = [found[gpu, dtype, size, n] for n in names]
-        rows.append(f"| {gpu} | {dtype} | {size} | {' | '.join(str(r['registers']) for r in of)} | "
+        of = [found[gpu, dtype, size, n] for n in names if (gpu, dtype, size, n) in found]
+        registers = {r["kernel"]: str(r["registers"]) for r in of}
+        rows.append(f"| {gpu} | {dtype} | {size} | {' | '.join(registers.get(n, '-') for n in names)} | "
                     f"{max(r['stack'] for r in of)}, {max(r['spills'] for r in of)} |")
     return "\n".join(rows)
 

@@ -175,7 +175,7 @@ def test_matrix_too_large_for_32_bit_offsets():
     with pytest.raises(ValueError, match="50000 x 50000"):
         source._plan(((50_000, 50_000),))
     with pytest.raises(ValueError, match="fewer tasks"):
-        source._launch(None, 2 ** 16, torch.empty(2 ** 15, 0))
+        source._launch(None, 2 ** 31, torch.empty(2 ** 15, 0))
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------
@@ -205,11 +205,12 @@ def send_the_functions_to_plain_pytorch(monkeypatch):
     def forward(sign, thetas, grads, rows, cols):
         return tuple(modulated_step_reference(*entry) for entry in zip(thetas, grads, rows, cols))
 
-    def backward(sign, out_grads, grads, rows, cols):
+    def backward(sign, shared, out_grads, grads, rows, cols):
+        assert shared == (True,)
         (G,), (g,), (a,), (b,) = out_grads, grads, rows, cols
         product = a[:, :, None] * b[:, None, :]
         m, open_gG = sign * product.relu(), sign * (g * G).masked_fill(product <= 0, 0)
-        return m * G, (open_gG * b[:, None, :]).sum(2), (open_gG * a[:, :, None]).sum(1)
+        return G.sum(0), m * G, (open_gG * b[:, None, :]).sum(2), (open_gG * a[:, :, None]).sum(1)
 
     def double_backward(sign, *groups):
         flat = [tensor for group in groups for tensor in group]
