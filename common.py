@@ -205,6 +205,34 @@ class CudaGraph:
         return self.output.clone()
 
 
+def replays(function: Callable[..., torch.Tensor], parameters: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function as `CudaGraph` replays it, recorded once for each set of its inputs' shapes."""
+    parameters, recorded = list(parameters), {}
+
+    def replayed(*inputs: torch.Tensor) -> torch.Tensor:
+        shapes = tuple(t.shape for t in inputs)
+        if shapes not in recorded:
+            recorded[shapes] = CudaGraph(function, inputs, parameters)
+        return recorded[shapes](*inputs)
+
+    return replayed
+
+
+def add_cuda_graph_flag(group) -> None:
+    """--cuda-graph for a script whose meta-step can be recorded; see `takes_cuda_graph`."""
+    group.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, help="record the meta-step once and replay it, so "
+                       "that no operation is launched singly (default: on CUDA, where nothing forbids it)")
+
+
+def takes_cuda_graph(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the meta-step is to be recorded: on a GPU unless the flags forbid it. Raises UsageError where it cannot be."""
+    if args.cuda_graph and args.gradient_noise:
+        raise UsageError("--cuda-graph cannot record --gradient-noise, which is drawn anew for each step")
+    if args.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a CUDA device, this is {device}")
+    return device.type == "cuda" and not args.gradient_noise if args.cuda_graph is None else args.cuda_graph
+
+
 class Aside:
     """function(*inputs), a tensor, computed on a GPU beside what comes next there, until it is asked for by `result()`.
 

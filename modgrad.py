@@ -370,7 +370,7 @@ def adapt_linear(loss_fn: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, alph
             def step(nu: Tensor) -> LinearUpdate:
                 factors = generator(nu)
                 (row, col), scale = factors[weight], factors[bias][1]
-                mixed = (row < 0).any() & (col < 0).any()                                    # read once: a GPU's CPU waits for it
+                mixed = row.is_cuda or (row < 0).any() & (col < 0).any()                     # a GPU's CPU would wait for the answer
                 signed = [(row, col), (-row, -col)] if mixed else [(row, col)]
                 left = [push * F.relu(row).unsqueeze(1) for row, _ in signed]
                 right = [x * F.relu(col).unsqueeze(1) for _, col in signed]

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +30,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array, check_finite,
-                    copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
-                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
-                    save_atomically, setup, to_device, write_result)
+from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
+                    cached_array, check_finite, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
+                    load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int,
+                    progress, replays, run_main, save_atomically, setup, takes_cuda_graph, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
 
@@ -101,6 +102,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                        help="constant (CAVIA), or a cosine to zero at --iterations, for shorter runs")
     train.add_argument("--clip-norm", type=positive_float,
                        help="shorten a longer outer gradient to this norm (default: modgrad 0.3, the others never)")
+    add_cuda_graph_flag(train)
     train.add_argument("--val-every", type=positive_int, default=500, help="iterations between validations")
     train.add_argument("--val-images", type=positive_int, default=500, help="validation images, the first ones")
     train.add_argument("--log-every", type=positive_int, default=50, help="iterations per line of log.jsonl")
@@ -465,11 +467,9 @@ def sample_tasks(images: Tensor, args: argparse.Namespace,
     return colours(images[chosen]), given, query
 
 
-def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, batch,
-              rng: torch.Generator | None) -> Tensor | None:
-    """One outer update on a meta-batch: returns (loss, squared error), (2,) on the device; None, and nothing is
-    updated, if the gradient is not finite, as when the inner loop diverges on an image."""
-    target, given, query = batch
+def meta_gradient(learner: Learner, args: argparse.Namespace, target: Tensor, given: Tensor, query: Tensor | None = None,
+                  rng: torch.Generator | None = None) -> Tensor:
+    """Leave a meta-batch's meta-gradient in the parameters: returns (loss, squared error), (2,) on the device."""
     given_colours = target.gather(1, given.unsqueeze(-1).expand(-1, -1, 3))                  # (T, k, 3)
     target = target if query is None else target[:, query]
     if few_pixels(args) and target.device.type == "cpu":
@@ -481,12 +481,33 @@ def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse
     else:
         output = adapt_and_predict(learner, args, given, given_colours, query, rng, train=True)
         loss, mse = outer_loss(output, target).mean(), squared_error(output.detach(), target).mean()
-    optimiser.zero_grad(set_to_none=True)
+    for p in learner.parameters():
+        p.grad = None
     loss.backward()
+    return torch.stack([loss.detach(), mse.detach()])
+
+
+def make_gradient(learner: Learner, args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
+    """meta_gradient(target, given, query, rng), on a GPU recorded as a CUDA graph unless the flags forbid it."""
+    gradient = functools.partial(meta_gradient, learner, args)
+    if not takes_cuda_graph(args, device):
+        return gradient
+    replayed = replays(gradient, learner.parameters())
+    return lambda target, given, query, rng: replayed(*(t for t in (target, given, query) if t is not None))
+
+
+def meta_step(learner: Learner, optimiser: torch.optim.Optimizer, args: argparse.Namespace, batch,
+              rng: torch.Generator | None, gradient: Callable[..., Tensor] | None = None) -> Tensor | None:
+    """One outer update on a meta-batch: returns (loss, squared error), (2,) on the device; None, and nothing is
+    updated, if the gradient is not finite, as when the inner loop diverges on an image.
+
+    `gradient` is make_gradient's, which is costly to make anew when it is recorded.
+    """
+    losses = (gradient or functools.partial(meta_gradient, learner, args))(*batch, rng)
     if not nn.utils.clip_grad_norm_(learner.parameters(), args.clip_norm or math.inf).isfinite():
         return None
     optimiser.step()
-    return torch.stack([loss.detach(), mse.detach()])
+    return losses
 
 
 def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None,
@@ -495,6 +516,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=True)         # one pass over memory
     task_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
+    gradient = make_gradient(learner, args, device)
     now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
            "skipped": 0, "diverged": 0, "stopped": None}           # diverged: validations in a row
     kept = {"optimiser": optimiser, "task_rng": task_rng}
@@ -505,7 +527,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
             for group in optimiser.param_groups:
                 group["lr"] = meta_lr(args, now["iteration"])
             batch = sample_tasks(splits["train"], args, task_rng)
-            losses = meta_step(learner, optimiser, args, batch, noise_rng)
+            losses = meta_step(learner, optimiser, args, batch, noise_rng, gradient)
             training.advance(losses)
             now["skipped"] += losses is None
             if now["skipped"] > 10 + now["iteration"] / 100:
@@ -682,9 +704,10 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 21)
         optimiser.step()
         return loss
 
+    gradient = make_gradient(learner, args, device)
     start, losses, taken = learner.state(), [0.0, 0.0], ([], [])
     for _ in range(repeats + 1):                            # interleaved, so that noise hits both alike
-        for k, step in enumerate((lambda: meta_step(learner, optimiser, args, batch, None)[0], naive_step)):
+        for k, step in enumerate((lambda: meta_step(learner, optimiser, args, batch, None, gradient)[0], naive_step)):
             learner.load(start)
             began = time.perf_counter()
             losses[k] = step().item()                       # waits for the device
@@ -726,6 +749,7 @@ def main(argv: list[str] | None = None) -> None:
         delattr(args, name)
     splits, dataset, synthetic = load_data(args, device)
     try:
+        takes_cuda_graph(args, device)
         backend = "low-rank" if few_pixels(args) else resolve_backend(args.kernel, device)
         learner = build_learner(args, device)
     except (ValueError, RuntimeError) as error:

@@ -36,11 +36,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (Aside, CudaGraph, DataError, DownloadError, HelpFormatter, Training, UsageError, add_run_flags, append_log,
-                    cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, first_of_machine,
-                    from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run, plot_log,
-                    positive_float, positive_int, progress, random_order, rank, ranks, run_main, setup, subfolders,
-                    sum_gradients, sum_over_ranks, to_device, write_result)
+from common import (Aside, DataError, DownloadError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags,
+                    append_log, cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
+                    first_of_machine, from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run,
+                    plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays, run_main, setup,
+                    subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LearnedRates, adapt, conv4, resnet34, wide_resnet28
 
@@ -132,8 +132,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--meta-batch", type=positive_int, default=3, help="tasks per outer update (released code: 3)")
     train.add_argument("--task-chunk", type=positive_int, help="tasks held in memory at once (default: all)")
     train.add_argument("--compile", action="store_true", help="compile the meta-step (minutes at the start)")
-    train.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, help="record the meta-step once and replay it, so "
-                       "that no operation is launched singly (default: on CUDA, where nothing forbids it)")
+    add_cuda_graph_flag(train)
     train.add_argument("--updates", type=positive_int, help="of pretrain (60,000: 100 epochs), counted where others count episodes")
     train.add_argument("--batch-size", type=positive_int, help="images of an update of pretrain (64)")
     train.add_argument("--meta-lr", type=positive_float, help="Adam's rate for theta and psi (default: 1e-3, as in the paper); "
@@ -176,8 +175,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(f"--{flag.replace('_', '-')} is a variant of ModGrad's context update: use --method modgrad")
     if args.compile and args.gradient_noise:
         raise UsageError("--compile cannot draw --gradient-noise from the run's own generator: leave one of them out")
-    if args.cuda_graph and (args.gradient_noise or pretraining):
-        raise UsageError("--cuda-graph is for meta-training without --gradient-noise, which is drawn anew for each step")
+    if args.cuda_graph and pretraining:
+        raise UsageError("--cuda-graph is for meta-training")
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
@@ -845,18 +844,12 @@ def meta_gradient(learner: Learner, args: argparse.Namespace, episode_batch, rng
 def make_gradient(learner: Learner, args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
     """meta_gradient(episode_batch, rng, tasks), on a GPU recorded as a CUDA graph unless the flags forbid it."""
     gradient = functools.partial(meta_gradient, learner, args, predict=make_predict(learner, args))
-    graph = device.type == "cuda" and not args.gradient_noise if args.cuda_graph is None else args.cuda_graph
-    if not graph:
+    if not takes_cuda_graph(args, device):
         return gradient
-    recorded = {}       # by the sizes of the batch; the last one of a run may be smaller
+    of_tasks = functools.cache(lambda tasks: replays(lambda *batch: gradient(batch, None, tasks), learner.parameters()))
 
     def replayed(episode_batch, rng=None, tasks=None):
-        key = tuple(part.shape for part in episode_batch), tasks
-        if not len(episode_batch[0]):
-            return gradient(episode_batch, rng, tasks)
-        if key not in recorded:
-            recorded[key] = CudaGraph(lambda *batch: gradient(batch, None, tasks), episode_batch, learner.parameters())
-        return recorded[key](*episode_batch)
+        return (of_tasks(tasks) if len(episode_batch[0]) else lambda *batch: gradient(batch, rng, tasks))(*episode_batch)
 
     return replayed
 
@@ -1022,8 +1015,7 @@ def main(argv: list[str] | None = None) -> None:
     splits, dataset, synthetic = load_data(args, device)
     try:
         backend = resolve_backend(args.kernel, device)
-        if args.cuda_graph and device.type != "cuda":
-            raise ValueError(f"--cuda-graph needs a CUDA device, this is {device}")
+        takes_cuda_graph(args, device)
         learner = build_learner(args, device, len(splits["train"]))
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from None

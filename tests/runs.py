@@ -19,6 +19,36 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}      # where runs repeat bit for bit; tests/test_cuda.py is for GPUs
 
 
+class CudaGraphImitation:
+    """What common.CudaGraph is to its users, on a CPU: its inputs and gradients stay in place."""
+
+    def __init__(self, function, inputs, parameters):
+        self.function, self.inputs, self.parameters = function, [t.clone() for t in inputs], list(parameters)
+        function(*self.inputs)
+        self.gradients = [p.grad for p in self.parameters]
+
+    def __call__(self, *inputs):
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        output = self.function(*self.inputs)
+        for p, own in zip(self.parameters, self.gradients):
+            own.copy_(p.grad)
+            p.grad = own
+        return output
+
+
+def imitate_cuda_graphs(monkeypatch):
+    """Put the imitation in place; returns a list that grows by the length of the first input with each one that is made."""
+    made = []
+
+    def imitation(function, inputs, parameters):
+        made.append(len(inputs[0]))
+        return CudaGraphImitation(function, inputs, parameters)
+
+    monkeypatch.setattr(common, "CudaGraph", imitation)
+    return made
+
+
 def script(name, *flags, cwd=ROOT):
     """A script as its users start it, on a CPU, to its end."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, capture_output=True, text=True,

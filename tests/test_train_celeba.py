@@ -184,6 +184,29 @@ def test_the_batch_equals_a_loop_over_tasks(flags, double):
     assert all((a - b).abs().max() < 1e-11 * largest for a, b in zip(ours, expected))
 
 
+@pytest.mark.parametrize("flags", [[], ["--pixels", "100", "--outer-pixels", "30"], ["--method", "cnp"], ["--method", "cavia"]])
+def test_recorded_gradients_train_as_launched_ones_do(flags, monkeypatch):
+    """With a recording imitated on the CPU: another batch, weights and shortened gradients in each step. On a GPU: test_cuda.py."""
+    made, trained = runs.imitate_cuda_graphs(monkeypatch), []
+    images = torch.from_numpy(celeba.synthetic_split("val"))
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        args, rng = celeba.parse_flags([*TINY, "--clip-norm", "1e-2", *flags]), torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        learner = celeba.build_learner(args, torch.device("cpu"))
+        optimiser, gradient = torch.optim.Adam(learner.parameters()), celeba.make_gradient(learner, args, device)
+        losses = [celeba.meta_step(learner, optimiser, args, celeba.sample_tasks(images, args, rng), None, gradient)
+                  for _ in range(3)]
+        trained.append([*losses, *(p.detach() for p in learner.parameters())])
+    assert made == [4] and all(torch.equal(*pair) for pair in zip(*trained))
+
+
+@pytest.mark.parametrize("flags, said", [(["--cuda-graph"], "needs a CUDA device"),
+                                         (["--cuda-graph", "--gradient-noise", "0.1"], "cannot record --gradient-noise")])
+def test_a_recording_that_cannot_be_is_refused(flags, said, tmp_path):
+    assert said in runs.refusal(celeba.main, *TINY, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_long_outer_gradient_is_shortened():
     args = celeba.parse_flags([*TINY, "--clip-norm", "1e-3"])
     learner, images = celeba.build_learner(args, torch.device("cpu")), torch.from_numpy(celeba.synthetic_split("val"))

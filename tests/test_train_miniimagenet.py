@@ -220,29 +220,11 @@ def test_the_evaluation_tasks_do_not_depend_on_how_many_are_evaluated_at_once(mo
 def test_recorded_gradients_are_those_of_the_present_batch_and_weights(monkeypatch):
     """What make_gradient does with its recordings, where one is imitated on the CPU: one for each size of a batch, with inputs and
     gradients that stay in place. Real ones are tested in test_cuda.py."""
-    made = []
-
-    class Imitation:
-        def __init__(self, function, inputs, parameters):
-            made.append(len(inputs[0]))
-            self.function, self.inputs, self.parameters = function, [t.clone() for t in inputs], list(parameters)
-            function(*self.inputs)
-            self.gradients = [p.grad for p in self.parameters]
-
-        def __call__(self, *inputs):
-            for own, given in zip(self.inputs, inputs, strict=True):
-                own.copy_(given)
-            totals = self.function(*self.inputs)
-            for p, own in zip(self.parameters, self.gradients):
-                own.copy_(p.grad)
-                p.grad = own
-            return totals
-
-    monkeypatch.setattr(mini, "CudaGraph", Imitation)
+    made = runs.imitate_cuda_graphs(monkeypatch)
     args = mini.parse_flags([*TINY, "--cuda-graph"])
     learner, rng = mini.build_learner(args, torch.device("cpu")), torch.Generator().manual_seed(0)
     images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
-    recorded = mini.make_gradient(learner, args, torch.device("cpu"))
+    recorded = mini.make_gradient(learner, args, torch.device("cuda"))
     for tasks in (3, 2, 3, 3):
         batch = mini.draw_episodes(args, images, tasks, rng)
         totals, gradients = recorded(batch, None, tasks), [p.grad.clone() for p in learner.parameters()]
