@@ -176,11 +176,11 @@ def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 class CudaGraph:
     """A computation on a GPU, recorded with its backward pass at once and replayed by one launch at each call.
 
-    function(*inputs) -> a tensor; it may leave gradients in `parameters`, which each call finds there. It must not read a number
-    from the GPU or draw random ones, and calls must bring the shapes of `inputs`, the first ones.
+    function(*inputs) -> a tensor or a tuple of them; it may leave gradients in `parameters`, which each call finds there. It must not
+    read a number from the GPU or draw random ones, and calls must bring the shapes of `inputs`, the first ones.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor],
+    def __init__(self, function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], inputs: Sequence[torch.Tensor],
                  parameters: Iterable[torch.Tensor] = ()):
         self.inputs, self.parameters = [t.clone() for t in inputs], list(parameters)
         others = torch.cuda.Stream(priority=-1)                                       # as PyTorch asks for before recording
@@ -196,20 +196,20 @@ class CudaGraph:
             self.output = function(*self.inputs)
         self.gradients = [p.grad for p in self.parameters]
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()
         for p, gradient in zip(self.parameters, self.gradients):
             p.grad = gradient
-        return self.output.clone()
+        return tuple(t.clone() for t in self.output) if isinstance(self.output, tuple) else self.output.clone()
 
 
-def replays(function: Callable[..., torch.Tensor], parameters: Iterable[torch.Tensor]) -> Callable[..., torch.Tensor]:
+def replays(function: Callable, parameters: Iterable[torch.Tensor] = ()) -> Callable:
     """The function as `CudaGraph` replays it, recorded once for each set of its inputs' shapes."""
     parameters, recorded = list(parameters), {}
 
-    def replayed(*inputs: torch.Tensor) -> torch.Tensor:
+    def replayed(*inputs: torch.Tensor):
         shapes = tuple(t.shape for t in inputs)
         if shapes not in recorded:
             recorded[shapes] = CudaGraph(function, inputs, parameters)

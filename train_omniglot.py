@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -31,10 +32,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import (DataError, HelpFormatter, Training, UsageError, add_run_flags, append_log, cached_array, copy_weights,
-                    extract_archive, fetch_file, fill_in, fingerprint_files, load_weights, mean_ci95,
-                    non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
-                    run_main, save_atomically, setup, subfolders, to_device, write_result)
+from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
+                    cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights,
+                    mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
+                    replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -120,6 +121,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--meta-lr", type=positive_float, help="of theta: multi-shot SGD (default: modgrad, leap, "
                        "reptile 0.1, fomaml, maml 0.5), few-shot Adam (default 1e-3)")
     train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (default: 1e-3, as in the paper)")
+    add_cuda_graph_flag(train)
     train.add_argument("--val-every", type=positive_int, help="meta-steps between validations (default: multi-shot 20, "
                        "few-shot 1000); the best weights are tested, those of the end where none was made")
     train.add_argument("--val-episodes", type=positive_int, default=200, help="few-shot: validation tasks")
@@ -450,6 +452,9 @@ class Learner(NamedTuple):
 
     state, load = copy_weights, load_weights        # state() -> a copy on the CPU, load(state)
 
+    def parameters(self) -> list[Tensor]:
+        return [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
+
 
 def build_learner(args: argparse.Namespace, device: torch.device) -> Learner:
     theta, network = conv4(args.ways, args.channels, SIDE, in_channels=1)
@@ -573,13 +578,47 @@ def expand(theta: Tensors, tasks: int) -> Tensors:
     return {name: t.detach().expand(tasks, *t.shape) for name, t in theta.items()}
 
 
-def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, running: Running) -> Iterator[Step]:
-    """The first-order inner loop from theta over all mini-batches; one step at a time, so that none has to be kept."""
+def first_order_step(learner: Learner, args: argparse.Namespace, theta: Tensors, x: Tensor, y: Tensor, running: Running) -> Step:
+    """`inner_step` from theta as a constant; nothing is kept for a derivative."""
+    step = inner_step(learner, args, leaves(theta), x, y, running)
+    return Step(theta, step.losses.detach(), step.gradient, {name: t.detach() for name, t in step.after.items()})
+
+
+def make_step(learner: Learner, args: argparse.Namespace, device: torch.device) -> Callable[..., Step]:
+    """first_order_step(theta, x, y, running), on a GPU recorded as a CUDA graph unless the flags forbid it."""
+    take = functools.partial(first_order_step, learner, args)
+    if not takes_cuda_graph(args, device):
+        return take
+    names, pairs = list(learner.theta), lambda tensors: dict(zip(BLOCKS, zip(tensors[::2], tensors[1::2])))
+
+    def flat(x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        statistics = tensors[len(names):]                                                    # batch norm's, changed in place
+        step = take(dict(zip(names, tensors)), x, y, pairs(statistics))
+        return step.losses, *step.gradient.values(), *step.after.values(), *statistics
+
+    replayed = replays(flat)
+
+    def recorded(theta: Tensors, x: Tensor, y: Tensor, running: Running) -> Step:
+        losses, *rest = replayed(x, y, *(theta[name] for name in names), *itertools.chain(*running.values()))
+        gradient, after = (dict(zip(names, rest[first:])) for first in (0, len(names)))
+        running.update(pairs(rest[2 * len(names):]))
+        return Step(theta, losses, gradient, after)
+
+    return recorded
+
+
+def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, running: Running,
+               take_step: Callable[..., Step] | None = None) -> Iterator[Step]:
+    """The first-order inner loop from theta over all mini-batches; one step at a time, so that none has to be kept.
+
+    `take_step` is make_step's, which is costly to make anew when it is recorded.
+    """
+    take_step = take_step or functools.partial(first_order_step, learner, args)
     theta = expand(learner.theta, batches.rows.shape[1])
     for k in range(len(batches.rows)):
-        step = inner_step(learner, args, leaves(theta), *batches.take(k), running)
-        theta = {name: t.detach() for name, t in step.after.items()}
-        yield step._replace(after=theta)
+        step = take_step(theta, *batches.take(k), running)
+        theta = step.after
+        yield step
 
 
 # --- meta-train ------------------------------------------------------------------------------------------------------
@@ -663,8 +702,12 @@ def modgrad_direction(learner: Learner, args: argparse.Namespace, steps: Iterabl
     return by_leap if args.theta_update == "leap" else from_windows
 
 
-def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets, rng: torch.Generator) -> Tensor:
-    """Multi-shot: leave the meta-gradient of one meta-batch in .grad; (loss over the trajectory, at its end), (2,)."""
+def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets, rng: torch.Generator,
+                   take_step: Callable[..., Step] | None = None) -> Tensor:
+    """Multi-shot: leave the meta-gradient of one meta-batch in .grad; (loss over the trajectory, at its end), (2,).
+
+    `take_step` is that of `trajectory`.
+    """
     alphabets = choose_alphabets(len(split.names), args.meta_batch, rng)
     dtype = activation_type(args)
     batches = draw_batches(split.train, alphabets, args.inner_steps, args.batch, rng, args.imbalanced, dtype)
@@ -676,7 +719,7 @@ def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets,
         return loss.detach().expand(2)
     losses: list[Tensor] = []
     running = fresh_statistics(len(alphabets), args, split.train.device)
-    steps = _note_losses(trajectory(learner, args, batches, running), losses)
+    steps = _note_losses(trajectory(learner, args, batches, running, take_step), losses)
     if args.method == "modgrad":
         held_out = draw_batches(split.held_out, alphabets, args.windows, args.batch, rng, dtype=dtype)
         places = torch.randperm(args.inner_steps - args.unroll + 1, generator=rng)[: args.windows].tolist()
@@ -690,23 +733,41 @@ def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets,
 
 def _note_losses(steps: Iterable[Step], losses: list[Tensor]) -> Iterator[Step]:
     for step in steps:
-        losses.append(step.losses.detach().mean())
+        losses.append(step.losses.mean())
         yield step
 
 
-def episodes_step(learner: Learner, args: argparse.Namespace, classes: Tensor, rng: torch.Generator) -> Tensor:
-    """Few-shot: leave the meta-gradient of one meta-batch in .grad; (query loss, query accuracy), (2,)."""
-    support_x, support_y, query_x, query_y = sample_episodes(classes, args.meta_batch, args, rng)
-    noise_rng = None
+def episodes_step(learner: Learner, args: argparse.Namespace, classes: Tensor, rng: torch.Generator,
+                  gradient: Callable[..., Tensor] | None = None) -> Tensor:
+    """Few-shot: leave the meta-gradient of one meta-batch in .grad; (query loss, query accuracy), (2,).
+
+    `gradient` is make_gradient's, which is costly to make anew when it is recorded.
+    """
+    batch, noise_rng = sample_episodes(classes, args.meta_batch, args, rng), ()
     if args.gradient_noise:
-        noise_rng = torch.Generator(classes.device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        noise_rng = torch.Generator(classes.device).manual_seed(int(torch.randint(2**62, (), generator=rng))),
+    return (gradient or functools.partial(episodes_gradient, learner, args))(*batch, *noise_rng)
+
+
+def episodes_gradient(learner: Learner, args: argparse.Namespace, support_x: Tensor, support_y: Tensor, query_x: Tensor,
+                      query_y: Tensor, noise_rng: torch.Generator | None = None) -> Tensor:
+    """What `episodes_step` does with the tasks it has drawn."""
     logits = adapt_and_predict(learner, args, support_x, support_y, query_x, noise_rng, train=True)
     loss = cross_entropy(logits, query_y).mean()
+    for p in learner.parameters():
+        p.grad = None
     loss.backward()
     return torch.stack([loss.detach(), accuracy(logits.detach(), query_y).mean()])
 
 
+def make_gradient(learner: Learner, args: argparse.Namespace, device: torch.device) -> Callable[..., Tensor]:
+    """episodes_gradient(tasks...), on a GPU recorded as a CUDA graph unless the flags forbid it."""
+    gradient = functools.partial(episodes_gradient, learner, args)
+    return replays(gradient, learner.parameters()) if takes_cuda_graph(args, device) else gradient
+
+
 META_STEPS = {"multi-shot": alphabets_step, "few-shot": episodes_step}
+PARTS = {"multi-shot": make_step, "few-shot": make_gradient}      # of a meta-step, to be made once and passed to it
 LOGGED = {"multi-shot": ("loss", "last_loss"), "few-shot": ("loss", "accuracy")}
 
 
@@ -717,10 +778,12 @@ def build_optimisers(learner: Learner, args: argparse.Namespace) -> list[torch.o
     return [kind(learner.theta.values(), lr=args.meta_lr), *psi]
 
 
-def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None, splits: dict) -> dict:
+def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dict | None, splits: dict,
+               device: torch.device) -> dict:
     """Train until `--meta-steps`, the time limit or a signal; returns the progress record; its "best" holds weights."""
     optimisers = build_optimisers(learner, args)
     rng = torch.Generator().manual_seed(args.seed)
+    part = PARTS[args.protocol](learner, args, device)
     now = {"meta_step": 0, "seconds": 0.0, "best_accuracy": None, "best_meta_step": None, "best": None, "pending": [],
            "stopped": None}
     with Training(learner, args, run, checkpoint, "meta_step", now, {"optimisers": optimisers, "rng": rng},
@@ -728,7 +791,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
         while training.goes_on():
             for optimiser in optimisers:
                 optimiser.zero_grad(set_to_none=True)
-            losses = META_STEPS[args.protocol](learner, args, splits["train"], rng)
+            losses = META_STEPS[args.protocol](learner, args, splits["train"], rng, part)
             for optimiser in optimisers:
                 optimiser.step()
             training.advance(losses)
@@ -736,15 +799,15 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
                 loss, _ = training.log(*LOGGED[args.protocol])
                 training.bar.set_postfix(loss=f"{loss:.3f}", val=f"{now['best_accuracy'] or 0:.1%}")
             if training.due(args.val_every):
-                validate(learner, args, run, splits["val"], now)
+                validate(learner, args, run, splits["val"], now, part)
             if training.due(args.checkpoint_every, args.val_every):
                 training.save()
     return now
 
 
-def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: dict) -> None:
-    """Measure validation accuracy and keep the weights if they are the best so far."""
-    value, ci95 = mean_ci95(evaluate(learner, args, split, args.val_episodes, "validation")[0])
+def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: dict, part: Callable | None = None) -> None:
+    """Measure validation accuracy and keep the weights if they are the best so far. `part` is that of `evaluate`."""
+    value, ci95 = mean_ci95(evaluate(learner, args, split, args.val_episodes, "validation", part)[0])
     append_log(run, {"meta_step": now["meta_step"], "val_accuracy": value, "val_ci95": ci95})
     if now["best"] is None or value > now["best_accuracy"]:
         now.update(best_accuracy=value, best_meta_step=now["meta_step"], best=learner.state())
@@ -752,10 +815,11 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
-def evaluate(learner: Learner, args: argparse.Namespace, split, episodes: int, what: str) -> tuple[list[float], dict]:
+def evaluate(learner: Learner, args: argparse.Namespace, split, episodes: int, what: str,
+             part: Callable | None = None) -> tuple[list[float], dict]:
     """Accuracy of each task, and the multi-shot protocol's curves; the same tasks for every method.
 
-    few-shot: `episodes` tasks; multi-shot: every alphabet of the split once.
+    few-shot: `episodes` tasks; multi-shot: every alphabet of the split once, with `part`, make_step's, where it is given.
     """
     rng = torch.Generator().manual_seed(EVALUATION_SEED)
     few_shot = args.protocol == "few-shot"
@@ -768,7 +832,7 @@ def evaluate(learner: Learner, args: argparse.Namespace, split, episodes: int, w
                 accuracies += evaluate_episodes(learner, args, split, tasks, rng)
             else:
                 alphabets = torch.arange(len(accuracies), len(accuracies) + tasks)
-                curves.append(evaluate_alphabets(learner, args, split, alphabets, rng))
+                curves.append(evaluate_alphabets(learner, args, split, alphabets, rng, part))
                 accuracies += curves[-1]["accuracy"][-1]
             bar.update(tasks)
     return accuracies, {} if few_shot else join_curves(curves, args.test_steps)
@@ -783,7 +847,7 @@ def evaluate_episodes(learner: Learner, args: argparse.Namespace, classes: Tenso
 
 
 def evaluate_alphabets(learner: Learner, args: argparse.Namespace, split: Alphabets, alphabets: Tensor,
-                       rng: torch.Generator) -> dict[str, list[list[float]]]:
+                       rng: torch.Generator, take_step: Callable[..., Step] | None = None) -> dict[str, list[list[float]]]:
     """Adapt to each alphabet: {"loss": per step, "accuracy": per 10 steps, on all held-out images}, lists of T values.
 
     The running statistics of batch norm, not those of the held-out images, normalise the latter; as they start at mean
@@ -794,8 +858,8 @@ def evaluate_alphabets(learner: Learner, args: argparse.Namespace, split: Alphab
     held_x, held_y = draw_batches(split.held_out, alphabets, 1, split.held_out.shape[1], rng, dtype=dtype).take(0)
     running = fresh_statistics(len(alphabets), args, split.train.device)
     losses, accuracies = [], []
-    for taken, step in enumerate(trajectory(learner, args, batches, running), start=1):
-        losses.append(step.losses.detach())
+    for taken, step in enumerate(trajectory(learner, args, batches, running, take_step), start=1):
+        losses.append(step.losses)
         if taken in measured_steps(args.test_steps):
             with torch.no_grad():
                 accuracies.append(accuracy(classify(step.after, held_x, running, training=False), held_y))
@@ -910,7 +974,8 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 3) 
                            args.batch, rng)
     fresh = lambda: fresh_statistics(args.meta_batch, args, device)
     in_precision = batches._replace(dtype=activation_type(args))
-    contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, in_precision, fresh())),
+    take_step = make_step(learner, args, device)
+    contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, in_precision, fresh(), take_step)),
                   "naive": lambda: naive_reptile(learner, args, batches)}
     taken = {name: [] for name in contenders}
     for _ in range(repeats):
@@ -965,16 +1030,18 @@ def main(argv: list[str] | None = None) -> None:
         return benchmark(args, device)
     splits, dataset, synthetic = load_data(args, device)
     try:
+        takes_cuda_graph(args, device)
         backend = resolve_backend(args.kernel, device)
         learner = build_learner(args, device)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from None
     run, checkpoint = open_run(args.out, vars(args) | {"dataset": dataset}, args.resume)
     print(f"{args.method}, {args.protocol}, on {device} ({backend} kernel) -> {run}", flush=True)
-    now = meta_train(learner, args, run, checkpoint, splits)
+    now = meta_train(learner, args, run, checkpoint, splits, device)
     if now["best"] is not None:
         learner.load(now["best"])
-    accuracies, curves = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test")
+    accuracies, curves = evaluate(learner, args, splits[args.test_split], args.test_episodes, "test",
+                                  PARTS[args.protocol](learner, args, device))
     value, ci95 = mean_ci95(accuracies)
     few_shot = args.protocol == "few-shot"
     kind = f"{args.ways}-way {args.shots}-shot" if few_shot else f"multi-shot, {args.test_steps} steps,"

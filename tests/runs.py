@@ -34,7 +34,7 @@ class CudaGraphImitation:
         for p, own in zip(self.parameters, self.gradients):
             own.copy_(p.grad)
             p.grad = own
-        return output
+        return tuple(t.clone() for t in output) if isinstance(output, tuple) else output.clone()
 
 
 def imitate_cuda_graphs(monkeypatch):

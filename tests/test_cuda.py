@@ -7,6 +7,7 @@ import torch
 
 import train_celeba as celeba
 import train_miniimagenet as mini
+import train_omniglot as omniglot
 from common import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -129,3 +130,23 @@ def test_image_completion_replayed_is_that_of_the_cpu(flags):
                                     for _ in range(10)]).cpu())
     for other in trained[1:]:
         torch.testing.assert_close(other, trained[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("flags", ["", "--method leap", "--method reptile", "--method maml --inner-steps 3",
+                                   "--protocol few-shot", "--protocol few-shot --method maml --inner-steps 2"])
+def test_omniglot_replayed_is_that_of_the_cpu(flags):
+    """A meta-step in float32 and its direction; the multi-shot network's inner steps multiply roundings by about ten each."""
+    drawings, found = omniglot.synthetic_drawings(), []
+    for device, graph in ((torch.device("cpu"), "--no-cuda-graph"), (CUDA, "--no-cuda-graph"), (CUDA, "--cuda-graph")):
+        args = omniglot.parse_flags(["--channels", "8", "--inner-steps", "3", "--meta-batch", "2", "--device", str(device), graph,
+                                     *flags.split()])
+        omniglot.setup(args)
+        few_shot, rng = args.protocol == "few-shot", torch.Generator().manual_seed(0)
+        splits = omniglot.split_characters(drawings, device) if few_shot else omniglot.split_alphabets(drawings, 25, 1, device)
+        learner = omniglot.build_learner(args, device)
+        part = omniglot.PARTS[args.protocol](learner, args, device)
+        losses = omniglot.META_STEPS[args.protocol](learner, args, splits["train"], rng, part)
+        found.append((losses.cpu(), torch.cat([t.grad.flatten().cpu() for t in learner.theta.values()])))
+    for losses, direction in found[1:]:
+        torch.testing.assert_close(losses, found[0][0], rtol=1e-3, atol=0)
+        assert (direction - found[0][1]).norm() <= 0.05 * found[0][1].norm()

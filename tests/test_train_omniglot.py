@@ -215,6 +215,34 @@ def test_mamls_meta_gradient_is_that_of_one_task_after_the_other(float64):
     assert max((found[n] - expected[n]).abs().max() for n in found) <= 1e-9 * scale
 
 
+@pytest.mark.parametrize("flags", ["--method modgrad --windows 2", "--method leap", "--method reptile", "--precision bf16",
+                                   "--protocol few-shot", "--protocol few-shot --method maml"])
+def test_recorded_meta_steps_are_launched_ones(flags, monkeypatch):
+    """With a recording imitated on the CPU; on a GPU: test_cuda.py."""
+    made, found = runs.imitate_cuda_graphs(monkeypatch), []
+    for device in (torch.device("cuda"), CPU):
+        args = omni.parse_flags(["--channels", "4", "--inner-steps", "3", "--meta-batch", "2", "--test-steps", "3",
+                                 "--context-dim", "8", "--eval-batch", "2", *flags.split()])
+        torch.manual_seed(0)
+        learner, drawings = omni.build_learner(args, CPU), omni.synthetic_drawings()
+        split = (omni.split_characters(drawings, CPU) if args.protocol == "few-shot" else
+                 omni.split_alphabets(drawings, 25, 1, CPU))["train"]
+        part, rng = omni.PARTS[args.protocol](learner, args, device), torch.Generator().manual_seed(0)
+        optimisers = omni.build_optimisers(learner, args)
+        for _ in range(3):
+            [optimiser.zero_grad() for optimiser in optimisers]
+            found.append(omni.META_STEPS[args.protocol](learner, args, split, rng, part))
+            [optimiser.step() for optimiser in optimisers]
+        if args.protocol == "multi-shot":
+            few = split._replace(train=split.train[:3], held_out=split.held_out[:3], names=split.names[:3])
+            accuracies, curves = omni.evaluate(learner, args, few, 0, "test", part)        # two alphabets and one
+            found += [torch.tensor(accuracies), torch.tensor(curves["loss"])]
+        found.append(learner.theta["conv2.weight"].detach())
+    half = len(found) // 2
+    assert len(made) == (1 if args.protocol == "few-shot" else 2)
+    assert all(torch.equal(*pair) for pair in zip(found[:half], found[half:]))
+
+
 # --- batch norm ------------------------------------------------------------------------------------------------------
 
 def test_running_statistics_belong_to_a_task_and_start_anew():
