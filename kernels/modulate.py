@@ -70,7 +70,7 @@ if triton is not None:
         return tl.where(x <= 0, 0.0, x)                  # not a maximum: that would turn a NaN into 0
 
     @triton.jit
-    def _span(index, BLOCK: tl.constexpr, N: tl.constexpr):
+    def _span(index, BLOCK: tl.constexpr, N):
         """Return the BLOCK coordinates of block `index` and which of them are below N."""
         at = index * BLOCK + tl.arange(0, BLOCK)
         return at, at < N
@@ -185,7 +185,7 @@ if triton is not None:
         inside = i_in[:, None] & j_in[None, :]
         total = tl.zeros((ROWS, COLS), ACC)
         task = tl.zeros((), tl.int64)
-        for _ in range(tasks):
+        while task < tasks:                              # Triton 3.6's interpreter counts no `for` to a number it is given
             a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
             b = tl.load(col + task * N2 + j, j_in, 0.0).to(ACC)
             g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
@@ -291,14 +291,29 @@ if triton is not None:
     def _add_up(source, count, target, block, N: tl.constexpr, SUM_BLOCK: tl.constexpr, ACC: tl.constexpr):
         """Block `block` of source (count, N), summed over its first axis in a fixed order, into target (N,)."""
         PARTS: tl.constexpr = SUM_BLOCK[0]
-        i, i_in = _span(block, SUM_BLOCK[1], N)
-        total = tl.zeros((SUM_BLOCK[1],), ACC)
-        for part in range((count + PARTS - 1) // PARTS):
+        ENTRIES: tl.constexpr = SUM_BLOCK[1]
+        i, i_in = _span(block, ENTRIES, N)
+        total = tl.zeros((ENTRIES,), ACC)
+        part = tl.zeros((), tl.int64)
+        while part * PARTS < count:
             c, c_in = _span(part, PARTS, count)
             inside = c_in[:, None] & i_in[None, :]
-            at = c[:, None].to(tl.int64) * N + i[None, :]
-            total += tl.sum(tl.load(source + at, inside, 0.0).to(ACC), 0)
+            total += tl.sum(tl.load(source + c[:, None] * N + i[None, :], inside, 0.0).to(ACC), 0)
+            part += 1
         tl.store(target + i, total.to(target.dtype.element_ty), i_in)
+
+    @triton.jit
+    def _sum_partial(partial, vector, task, block, v: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,
+                     SUM_BLOCK: tl.constexpr, ACC: tl.constexpr):
+        COUNT: tl.constexpr = SUMS[v][1]
+        N: tl.constexpr = SUMS[v][2]
+        _add_up(partial + task * WIDTH + SUMS[v][0], COUNT, vector + task * N, block, N, SUM_BLOCK, ACC)
+
+    @triton.jit
+    def _sum_tasks(out_grad, d_theta, tasks, block, k: tl.constexpr, ELEMENTS: tl.constexpr, SUM_BLOCK: tl.constexpr,
+                   ACC: tl.constexpr):
+        N: tl.constexpr = ELEMENTS[k]
+        _add_up(out_grad, tasks, d_theta, block, N, SUM_BLOCK, ACC)
 
     @triton.jit
     def _sum_kernel(
@@ -321,13 +336,12 @@ if triton is not None:
             block = program % PROGRAMS
             for v in tl.static_range(len(vectors)):
                 if (block >= SUM_FIRST[v]) & (block < SUM_FIRST[v + 1]):
-                    _add_up(partial + task * WIDTH + SUMS[v][0], SUMS[v][1], vectors[v] + task * SUMS[v][2],
-                            block - SUM_FIRST[v], SUMS[v][2], SUM_BLOCK, ACC)
+                    _sum_partial(partial, vectors[v], task, block - SUM_FIRST[v], v, SUMS, WIDTH, SUM_BLOCK, ACC)
         else:
             block = program - tasks * PROGRAMS
             for k in tl.static_range(len(ELEMENTS)):
                 if (block >= THETA_FIRST[k]) & (block < THETA_FIRST[k + 1]):
-                    _add_up(out_grad[k], tasks, d_theta[k], block - THETA_FIRST[k], ELEMENTS[k], SUM_BLOCK, ACC)
+                    _sum_tasks(out_grad[k], d_theta[k], tasks, block - THETA_FIRST[k], k, ELEMENTS, SUM_BLOCK, ACC)
 
 
 # ---------------------------------------------------------------------------------------------------------
