@@ -744,7 +744,8 @@ def modulated_step(theta, grad, row, col, *, kernel: str = "auto"):
     alpha relu(row ⊗ col) = relu((alpha row) ⊗ col). A vector parameter of n entries is the case n1 = 1.
 
     Args:
-        theta: parameters, (T, n1, n2), or (n1, n2) shared by all tasks; an expanded view is read uncopied.
+        theta: parameters, (T, n1, n2), or (n1, n2) shared by all tasks, whose gradient Triton sums where it is made; an
+            expanded view is read uncopied.
         grad: inner gradient, (T, n1, n2).
         row: left factor, (T, n1).
         col: right factor, (T, n2).
@@ -823,7 +824,7 @@ def _run(theta, grad, row, col, kernel: str, step: bool):
     elif backend == "closed":
         out = _run_closed(entries, step)
     else:
-        out = _run_functions(groups, step, triton=True)
+        out = _run_functions(groups, step, by_triton=True)
     return out[0] if single else out
 
 
@@ -832,7 +833,7 @@ def _run_closed(entries, step: bool) -> list:
     out = [None if k in large else _small(*entry) for k, entry in enumerate(entries)]
     if large:
         groups = [list(group) for group in zip(*(entries[k] for k in large))]
-        for k, y in zip(large, _run_functions(groups, step, triton=False)):
+        for k, y in zip(large, _run_functions(groups, step, by_triton=False)):
             out[k] = y
     return out
 
@@ -845,13 +846,13 @@ def _small(*entry):
     return torch.addcmul(theta[0], m, grad, value=-1) if theta else m * grad
 
 
-def _run_functions(groups, step: bool, triton: bool) -> list:
-    if step and not triton:              # a closed form gains nothing by the sum, and may not be asked for it
+def _run_functions(groups, step: bool, by_triton: bool) -> list:
+    if step and not by_triton:              # a closed form gains nothing by the sum, and may not be asked for it
         groups = [[theta.expand(grad.shape) for theta, grad in zip(*groups[:2])], *groups[1:]]
     out = []
     for start in range(0, len(groups[0]), MAX_TENSORS_PER_LAUNCH):
         part = [group[start:start + MAX_TENSORS_PER_LAUNCH] for group in groups]
-        form = _Form(-1 if step else 1, triton, tuple(theta.dim() == 2 for theta in part[0]) if step else ())
+        form = _Form(-1 if step else 1, by_triton, tuple(theta.dim() == 2 for theta in part[0]) if step else ())
         out.extend(_Modulate.apply(form, *(tensor for group in part for tensor in group)))
     return out
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import modgrad
 import naive
 from modgrad import Generator, LearnedRates, adapt, adapt_linear, conv4, factor_sizes, from_module, mlp
 
@@ -268,6 +269,18 @@ def test_tasks_do_not_influence_each_other():
     after, _ = batched(theta, chain, psi, changed, ADAPTED)
     same = [all(torch.equal(before[n][t], after[n][t]) for n in ADAPTED) for t in range(TASKS)]
     assert same == [True, False, True]
+
+
+@pytest.mark.parametrize("options, shared", [({"steps": 2}, [True, True, False, False]), ({"steps": 2, "refine": True}, [True] * 4),
+                                             ({"steps": 2, "differentiable": False}, [True, True, False, False])], ids=str)
+def test_theta_is_one_for_all_tasks_until_they_have_moved(options, shared, monkeypatch):
+    """What the kernels read once, of the trials and the steps; no copy for each task is made of it."""
+    seen, step = [], modgrad.modulated_step
+    monkeypatch.setattr(modgrad, "modulated_step", lambda thetas, *rest, **flags: seen.append(
+        {theta.dim() == 2 for theta in thetas}) or step(thetas, *rest, **flags))
+    theta, chain, psi = network(torch.float64)
+    batched(theta, chain, psi, episode(torch.float64), ADAPTED, **options)
+    assert seen == [{one} for one in shared]
 
 
 @pytest.mark.parametrize("differentiable", [True, False])
