@@ -293,14 +293,14 @@ if triton is not None:
         PARTS: tl.constexpr = SUM_BLOCK[0]
         ENTRIES: tl.constexpr = SUM_BLOCK[1]
         i, i_in = _span(block, ENTRIES, N)
-        total = tl.zeros((ENTRIES,), ACC)
+        total = tl.zeros((ENTRIES,), tl.float64)         # tasks may be many; one addition for PARTS numbers
         part = tl.zeros((), tl.int64)
         while part * PARTS < count:
             c, c_in = _span(part, PARTS, count)
             inside = c_in[:, None] & i_in[None, :]
-            total += tl.sum(tl.load(source + c[:, None] * N + i[None, :], inside, 0.0).to(ACC), 0)
+            total += tl.sum(tl.load(source + c[:, None] * N + i[None, :], inside, 0.0).to(ACC), 0).to(tl.float64)
             part += 1
-        tl.store(target + i, total.to(target.dtype.element_ty), i_in)
+        tl.store(target + i, total.to(ACC).to(target.dtype.element_ty), i_in)
 
     @triton.jit
     def _sum_partial(partial, vector, task, block, v: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,

@@ -137,6 +137,24 @@ def shots():
     return "\n".join(rows)
 
 
+def steps():
+    """One row a method and number of inner steps: MAML over all layers, and ModGrad with all other flags at their defaults."""
+    cells = {}
+    for folder, r in runs("ablations"):
+        c = r["config"]
+        every_layer = len(c["adapt"]) == 10 and c["method"] in ("maml", "fomaml")
+        if every_layer or (c["method"], c["inner_lr"], c["rank"], c["gradient_noise"], c["inner_steps"]) == ("modgrad", 0.1, 5, 0, 1):
+            row = c["method"], c["inner_steps"], c["inner_lr"]
+            cells.setdefault(row, {})[c["shots"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
+    names = {"modgrad": "modgrad", "maml": "maml, all layers", "fomaml": "first-order maml, all layers"}
+    several = sorted({shots for (name, *_), row in cells.items() for shots in row if name != "modgrad"})
+    rows = [f"| method | inner steps | alpha | {' | '.join(f'{shots}-shot: ours, %' for shots in several)} |",
+            "| --- | --- | --- |" + " --- |" * len(several)]
+    for (name, count, rate), row in sorted(cells.items(), key=lambda cell: (list(names).index(cell[0][0]), cell[0])):
+        rows.append(f"| {names[name]} | {count} | {rate:g} | {' | '.join(row.get(shots, '-') for shots in several)} |")
+    return "\n".join(rows)
+
+
 def adapted_layers(config):
     return tuple(sorted({name.split(".")[0] for name in config["adapt"]}))
 
@@ -429,8 +447,8 @@ def resources():
 
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, methods, noise, modulation, celeba, omniglot,
-                                                  rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, noise, modulation, celeba,
+                                                  omniglot, rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
