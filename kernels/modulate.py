@@ -120,6 +120,13 @@ if triton is not None:
                                SHAPES, BLOCKS, THETA_STRIDES, STEP, ACC)
 
     @triton.jit
+    def _backward_terms(a, b, g, G, SIGN: tl.constexpr):
+        """Of one tile: d_g (rows, columns) and what it adds to d_a (rows) and d_b (columns)."""
+        product = a[:, None] * b[None, :]
+        open_gG = SIGN * tl.where(product <= 0, 0.0, g * G)
+        return SIGN * (_relu(product) * G), tl.sum(open_gG * b[None, :], 1), tl.sum(open_gG * a[:, None], 0)
+
+    @triton.jit
     def _backward_tiles(out_grad, grad, row, col, d_grad, partial, task, tile, k: tl.constexpr,
                         SHAPES: tl.constexpr, BLOCKS: tl.constexpr, OFFSETS: tl.constexpr,
                         WIDTH: tl.constexpr, SIGN: tl.constexpr, ACC: tl.constexpr):
@@ -139,13 +146,10 @@ if triton is not None:
             a = tl.load(row + task * N1 + i, i_in, 0.0).to(ACC)
             g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
             G = tl.load(out_grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
-            product = a[:, None] * b[None, :]
-            d_g = SIGN * (_relu(product) * G)
+            d_g, to_a, to_b = _backward_terms(a, b, g, G, SIGN)
             tl.store(d_grad + task * (N1 * N2) + at, d_g.to(d_grad.dtype.element_ty), inside)
-            open_gG = SIGN * tl.where(product <= 0, 0.0, g * G)
-            d_a = tl.sum(open_gG * b[None, :], 1)
-            tl.store(partial + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, d_a, i_in)
-            d_b += tl.sum(open_gG * a[:, None], 0)
+            tl.store(partial + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, to_a, i_in)
+            d_b += to_b
         tl.store(partial + OFFSETS[k][1] + (tile // COL_TILES) * N2 + j, d_b, j_in)
 
     @triton.jit
@@ -191,13 +195,11 @@ if triton is not None:
             g = tl.load(grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
             G = tl.load(out_grad + task * (N1 * N2) + at, inside, 0.0).to(ACC)
             total += G
-            product = a[:, None] * b[None, :]
-            d_g = SIGN * (_relu(product) * G)
+            d_g, to_a, to_b = _backward_terms(a, b, g, G, SIGN)
             tl.store(d_grad + task * (N1 * N2) + at, d_g.to(d_grad.dtype.element_ty), inside)
-            open_gG = SIGN * tl.where(product <= 0, 0.0, g * G)
             sums = partial + task * WIDTH
-            tl.store(sums + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, tl.sum(open_gG * b[None, :], 1), i_in)
-            tl.store(sums + OFFSETS[k][1] + (tile // COL_TILES) * N2 + j, tl.sum(open_gG * a[:, None], 0), j_in)
+            tl.store(sums + OFFSETS[k][0] + (tile % COL_TILES) * N1 + i, to_a, i_in)
+            tl.store(sums + OFFSETS[k][1] + (tile // COL_TILES) * N2 + j, to_b, j_in)
             task += 1
         tl.store(d_theta + at, total.to(d_theta.dtype.element_ty), inside)
 
