@@ -181,6 +181,34 @@ class LearnedRates(nn.Module):
         return {name: self.rates[_key(name)] for name in self.names}
 
 
+class Transforms(nn.Module):
+    """T-Net (Lee and Choi 2018): behind each adapted layer a linear map of its outputs, T, that is meta-learned and stays as it
+    is while the layer is adapted. Every T starts as the identity, where T-Net is MAML.
+
+    `shapes` as in `Generator`; layers are told by their "weight" of two dimensions or more. Called with the adapted tensors
+    {name: ([T,] *shape)} it returns those of the same network with each T inside its layer: T W and T b.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]):
+        super().__init__()
+        self.dims = {name: len(shape) for name, shape in shapes.items()}
+        self.maps = nn.ParameterDict({_key(_layer(name)): torch.eye(shape[0]) for name, shape in shapes.items()
+                                      if name.endswith("weight") and len(shape) > 1})
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        return {name: self._transformed(name, t) for name, t in tensors.items()}
+
+    def _transformed(self, name: str, t: Tensor) -> Tensor:
+        if (layer := _key(_layer(name))) not in self.maps:
+            return t
+        columns = t.reshape(*t.shape[: t.dim() - self.dims[name] + 1], -1)         # ([T,] out, rest)
+        return (self.maps[layer] @ columns).reshape(t.shape)
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _key(name: str) -> str:
     return name.replace(".", "/")  # a module may not have a dot in its name
 
@@ -434,11 +462,15 @@ def check_names(names: Sequence[str], known: Iterable[str]) -> None:
         raise ValueError(f"the names of the tensors to adapt must be distinct and at least one, got {list(names)}")
 
 
-def conv4(ways: int, channels: int = 64, image_size: int = 84, in_channels: int = 3) -> tuple[Tensors, Chain]:
+def conv4(ways: int, channels: int = 64, image_size: int = 84, in_channels: int = 3,
+          context_dim: int | None = None) -> tuple[Tensors, Chain]:
     """Conv-4: 4 x [conv 3x3 with bias, batch norm, ReLU, max-pool 2], then a linear layer (Vinyals et al. 2016).
 
     Returns (theta, chain): parameters named conv1.weight, conv1.bias, norm1.weight, norm1.bias, ..., head.weight,
     head.bias with PyTorch's default initialisation, as in the authors' released code (121,093 numbers at 5 ways).
+
+    `context_dim` makes it CAVIA's network (Zintgraf et al. 2019): "context", (context_dim,) zeros, gives each channel a factor and
+    an offset through a linear layer, film.weight and film.bias, after the third block's pool and before its ReLU.
     """
     if image_size < 16:
         raise ValueError(f"Conv-4 halves the image four times: image_size must be at least 16, got {image_size}")
@@ -450,7 +482,13 @@ def conv4(ways: int, channels: int = 64, image_size: int = 84, in_channels: int 
         stages.append(Stage(names, _reader(_conv_block, names)))
     modules["head"] = nn.Linear(channels * (image_size // 16) ** 2, ways)
     stages.append(Stage(("head.weight", "head.bias"), _reader(_linear, ("head.weight", "head.bias"))))
-    return _parameters(modules), Chain(stages)
+    if context_dim is None:
+        return _parameters(modules), Chain(stages)
+    modules["film"] = nn.Linear(context_dim, 2 * channels)
+    nn.init.kaiming_uniform_(modules["film"].weight, nonlinearity="linear")
+    third, film = stages[2].reads, ("film.weight", "film.bias", "context")
+    stages[2:3] = [Stage(third, _reader(functools.partial(_conv_block, relu=False), third)), Stage(film, _reader(_film_relu, film))]
+    return _parameters(modules) | {"context": torch.zeros(context_dim)}, Chain(stages)
 
 
 def resnet34(ways: int, channels: int = 64, image_size: int = 224, in_channels: int = 3) -> tuple[Tensors, Chain]:
@@ -576,8 +614,14 @@ def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor, support: int | None = 
     return F.relu(_linear(x, weight, bias))
 
 
+def _film_relu(x: Tensor, weight: Tensor, bias: Tensor, context: Tensor, support: int | None = None) -> Tensor:
+    """relu(factor x + offset) for each channel of x (T, N, C, H, W); context (D) or (T, D) -> factor, offset (T, C)."""
+    factor, offset = _linear(_per_task(context, len(x), 1).unsqueeze(1), weight, bias)[..., None, None].chunk(2, 2)
+    return F.relu(factor * x + offset).to(x.dtype)
+
+
 def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor,
-                support: int | None = None) -> Tensor:
+                support: int | None = None, relu: bool = True) -> Tensor:
     """conv 3x3, batch norm per task, max-pool 2, ReLU: x (T, N, C, H, W) -> (T, N, C', H/2, W/2).
 
     The activations keep x's dtype; 16-bit ones meet float32 statistics.
@@ -588,18 +632,18 @@ def _conv_block(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, beta: Te
     if _task_by_task(x):
         # Channels-last, task by task: batch norm and max-pool are then vectorised over channels and a task's
         # activations stay in cache; this block takes a small fraction of the time of the grouped form below.
-        if support is None and takes_first_block(x[0]):
+        if relu and support is None and takes_first_block(x[0]):
             blocks = [first_block(*task) for task in zip(x, *per_task)]
         else:
             images = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).split(x.shape[1])
-            blocks = [_norm_pool(conv2d(image, w), g, o, support) for image, w, g, o in zip(images, *per_task)]
+            blocks = [_norm_pool(conv2d(image, w), g, o, support, relu) for image, w, g, o in zip(images, *per_task)]
         return (blocks[0] if tasks == 1 else torch.cat(blocks)).unflatten(0, (tasks, -1))
-    if support is None and x.is_cuda and takes_first_block(x):
+    if relu and support is None and x.is_cuda and takes_first_block(x):
         return first_blocks(x, *per_task)
-    if support is None and takes_blocks(x):
+    if relu and support is None and takes_blocks(x):
         return task_blocks(x, weight, *per_task[1:])
     return _task_groups(_norm_pool(_task_conv(x.transpose(0, 1).flatten(1, 2), weight, tasks),
-                                   gamma=per_task[1].flatten(), beta=per_task[2].flatten(), support=support), tasks)
+                                   gamma=per_task[1].flatten(), beta=per_task[2].flatten(), support=support, relu=relu), tasks)
 
 
 def _task_by_task(x: Tensor) -> bool:
@@ -607,12 +651,13 @@ def _task_by_task(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _norm_pool(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None) -> Tensor:
+def _norm_pool(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, relu: bool = True) -> Tensor:
     """Batch norm, max-pool 2, ReLU: y (N, C, H, W), gamma and beta (C) -> (N, C, H/2, W/2).
 
     ReLU after the pool equals ReLU before it and touches a quarter of the numbers.
     """
-    return F.relu(F.max_pool2d(_norm(y, gamma, beta, support), 2))
+    pooled = F.max_pool2d(_norm(y, gamma, beta, support), 2)
+    return F.relu(pooled) if relu else pooled
 
 
 def _norm(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, eps: float = 1e-5) -> Tensor:

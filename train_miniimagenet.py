@@ -42,7 +42,7 @@ from common import (Aside, DataError, DownloadError, HelpFormatter, Training, Us
                     plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays, run_main, setup,
                     subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, write_result)
 from kernels import resolve_backend
-from modgrad import Chain, Generator, LearnedRates, adapt, conv4, resnet34, wide_resnet28
+from modgrad import Chain, Generator, LearnedRates, Transforms, adapt, conv4, resnet34, wide_resnet28
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
@@ -53,6 +53,8 @@ DEFAULTS = {                    # what differs between the methods
     "modgrad": {"inner_steps": 1, "inner_lr": 0.1},
     "maml": {"inner_steps": 5, "inner_lr": 0.01},
     "metasgd": {"inner_steps": 1, "inner_lr": 0.05},
+    "tnet": {"inner_steps": 1, "inner_lr": 0.4},
+    "cavia": {"inner_steps": 2, "inner_lr": 1.0, "adapt": ["context"], "context_dim": 100},
     "pretrain": {"adapt": [], "updates": 60_000, "batch_size": 64, "meta_lr": 0.1},
 }
 DEFAULTS["fomaml"] = DEFAULTS["maml"]
@@ -93,22 +95,24 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=tuple(DEFAULTS), default="modgrad",
-                        help="metasgd: MAML with a learned rate for every adapted number; pretrain: classify "
-                        "all training classes, as a start for the others")
+                        help="metasgd: MAML with a learned rate for every adapted number; tnet: with a learned linear map behind "
+                        "every adapted layer; cavia: adapts a context that scales Conv-4's third block; pretrain: classifies all "
+                        "training classes, as a start for the others")
     method.add_argument("--backbone", choices=tuple(BACKBONES), default="conv4", help="the network")
     method.add_argument("--channels", type=positive_int, help="filters of each Conv-4 layer, or of a residual network's first "
                         "group (default: conv4 and resnet34 64, wrn28-10 160)")
     method.add_argument("--start-from", metavar="RUN", help="start theta from this run's best weights, all but a head that "
                         "does not fit; or from a file of named tensors (not ImageNet's: it holds the test classes)")
     method.add_argument("--freeze-prefix", action="store_true", help="keep what lies before the first adapted tensor as it starts")
-    method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad and metasgd 1, maml 5)")
-    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01), metasgd's at the "
-                        "start (0.05, the middle of its authors' range)")
+    method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad, metasgd and tnet 1, cavia 2, maml 5)")
+    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01, tnet 0.4, cavia 1), "
+                        "metasgd's at the start (0.05, the middle of its authors' range)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
-                        "modgrad the last two convolutions, maml Conv-4's convolutions and head, or all of the others)")
+                        "modgrad the last two convolutions, cavia the context, others Conv-4's convolutions and head, or all of "
+                        "another network)")
     method.add_argument("--rank", type=positive_int, default=5, help="u, columns per sister network (paper: 5); "
                         "before its ReLU M has rank 1 whatever u is")
-    method.add_argument("--context-dim", type=positive_int, default=300, help="D, length of nu (paper: 300)")
+    method.add_argument("--context-dim", type=positive_int, help="D, length of nu (300, as in the paper) or of cavia's context (100)")
     method.add_argument("--hidden-cap", type=positive_int, default=256, help="largest hidden layer of a sister network")
     method.add_argument("--factors", choices=("flat", "natural"), default="flat",
                         help="matrix view of a convolution: flat (o k) x (i k), natural o x (i k k)")
@@ -163,7 +167,9 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError(f"{given[0]} is for meta-training, not for --method pretrain")
     if args.freeze_prefix and not args.start_from:
         raise UsageError("--freeze-prefix keeps weights as they start: give it trained ones with --start-from")
-    fill_in(args, {"meta_lr": 1e-3} | DEFAULTS[args.method])
+    if args.method == "cavia" and args.backbone != "conv4":
+        raise UsageError(f"--method cavia is for --backbone conv4: where its context would enter {args.backbone} is not settled")
+    fill_in(args, {"meta_lr": 1e-3, "context_dim": 300} | DEFAULTS[args.method])
     fill_in(args, backbone.defaults)
     if pretraining:
         args.episodes = None
@@ -705,7 +711,7 @@ class Learner(NamedTuple):
     adapted: tuple[str, ...]        # names of those that the inner loop changes
     prefix: Chain                   # images -> features, the same before and after adaptation
     suffix: Chain                   # features -> logits, reads the adapted tensors
-    generator: Generator | LearnedRates | None      # psi, Meta-SGD's rates; None for MAML (M = 1)
+    generator: Generator | LearnedRates | Transforms | None      # psi, Meta-SGD's rates, T-Net's maps; None for MAML (M = 1)
 
     def parameters(self) -> list[Tensor]:
         own = [*self.theta.values(), *(self.generator.parameters() if self.generator else ())]
@@ -717,8 +723,9 @@ class Learner(NamedTuple):
 def build_learner(args: argparse.Namespace, device: torch.device, classes: int = STANDARD["train"][0]) -> Learner:
     """`classes`: of the training split, which pretraining tells apart. Raises ValueError for impossible flags."""
     pretraining = args.method == "pretrain"
-    theta, network = BACKBONES[args.backbone].build(classes if pretraining else args.ways, args.channels, args.image_size)
-    theta = {name: nn.Parameter(t.detach().to(device)) for name, t in theta.items()}
+    build = functools.partial(conv4, context_dim=args.context_dim) if args.method == "cavia" else BACKBONES[args.backbone].build
+    theta, network = build(classes if pretraining else args.ways, args.channels, args.image_size)
+    theta = {name: nn.Parameter(t.detach().to(device), requires_grad=name != "context") for name, t in theta.items()}
     adapted = tuple(args.adapt)
     prefix, suffix = network.split(["head.weight"] if pretraining else adapted)
     if args.freeze_prefix:
@@ -729,6 +736,8 @@ def build_learner(args: argparse.Namespace, device: torch.device, classes: int =
         generator = Generator(shapes, args.context_dim, args.rank, args.factors, args.init, args.hidden_cap).to(device)
     elif args.method == "metasgd":
         generator = LearnedRates(shapes, args.inner_lr).to(device)
+    elif args.method == "tnet":
+        generator = Transforms(shapes).to(device)
     return Learner(theta, adapted, prefix, suffix, generator)
 
 
@@ -773,13 +782,15 @@ def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Ten
         aside = transductive and query_x.is_cuda and not torch.compiler.is_compiling()
         query = Aside(prefix, query_x) if aside else None
         features = prefix(support_x)
-        loss = lambda adapted: cross_entropy(learner.suffix({**theta, **adapted}, features), support_y)
-        rate, generator = (learner.generator(), None) if args.method == "metasgd" else (args.inner_lr, learner.generator)
+        tensors = lambda adapted: {**theta, **(learner.generator(adapted) if args.method == "tnet" else adapted)}
+        loss = lambda adapted: cross_entropy(learner.suffix(tensors(adapted), features), support_y)
+        rate = learner.generator() if args.method == "metasgd" else args.inner_lr
+        generator = learner.generator if args.method == "modgrad" else None
         adapted = adapt(loss, {name: theta[name] for name in learner.adapted}, tasks, rate, generator,
                         steps=args.inner_steps, first_order=args.first_order, refine=args.refine,
                         normalise_context=args.normalise_context, noise_std=args.gradient_noise, rng=rng,
                         differentiable=train, kernel=args.kernel)
-        adapted = {**theta, **adapted}
+        adapted = tensors(adapted)
         if transductive:
             return learner.suffix(adapted, query.result() if aside else prefix(query_x))
         both = torch.cat([support_x, query_x], 1)

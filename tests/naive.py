@@ -8,13 +8,25 @@ import torch
 import torch.nn.functional as F
 
 
-def conv4_logits(theta, x):
-    """x (N, 3, S, S) -> (N, ways); conv, batch norm with the batch's statistics, ReLU, max-pool, four times; linear."""
+def conv4_logits(theta, x, maps=None):
+    """x (N, 3, S, S) -> (N, ways); conv, batch norm with the batch's statistics, ReLU, max-pool, four times; linear.
+
+    With a "context" in theta CAVIA's network, FiLM between the third block's pool and its ReLU; `maps` {layer: (out, out)} are
+    T-Net's, right after the layers.
+    """
+    maps = maps or {}
     for k in range(1, 5):
         x = F.conv2d(x, theta[f"conv{k}.weight"], theta[f"conv{k}.bias"], padding=1)
+        if f"conv{k}" in maps:
+            x = F.conv2d(x, maps[f"conv{k}"][:, :, None, None])
         x = F.batch_norm(x, None, None, theta[f"norm{k}.weight"], theta[f"norm{k}.bias"], training=True)
-        x = F.max_pool2d(F.relu(x), 2)
-    return F.linear(x.flatten(1), theta["head.weight"], theta["head.bias"])
+        if k == 3 and "context" in theta:
+            channels, film = x.shape[1], theta["film.weight"] @ theta["context"] + theta["film.bias"]
+            x = F.relu(film[:channels, None, None] * F.max_pool2d(x, 2) + film[channels:, None, None])
+        else:
+            x = F.max_pool2d(F.relu(x), 2)
+    x = F.linear(x.flatten(1), theta["head.weight"], theta["head.bias"])
+    return x @ maps["head"].T if "head" in maps else x
 
 
 def batch_normalised(theta, name, x):

@@ -34,7 +34,7 @@ def trajectory(images, device, steps, *flags, dtype=torch.float32):
     return torch.stack(totals).cpu(), learner
 
 
-@pytest.mark.parametrize("method", ["modgrad", "maml", "metasgd"])
+@pytest.mark.parametrize("method", ["modgrad", "maml", "metasgd", "tnet", "cavia"])
 @pytest.mark.parametrize("graph", ["--cuda-graph", "--no-cuda-graph"])
 def test_the_first_gradient_is_the_cpus_in_float64(graph, method, images, monkeypatch):
     monkeypatch.setattr(mini, "normalise", lambda x, dtype=None, own=mini.normalise: own(x, torch.float64))
@@ -93,6 +93,7 @@ def test_what_goes_aside_gives_the_same_gradient(images, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", ["", "--batch-norm support", "--method maml --inner-steps 2", "--method metasgd",
+                                   "--method tnet", "--method cavia",
                                    "--method fomaml", "--inner-steps 2 --refine", "--task-chunk 1", "--gradient-noise 0.1",
                                    "--backbone wrn28-10 --channels 4 --augment", "--backbone resnet34 --channels 4"])
 def test_a_run_resumes_on_the_other_device(flags, tmp_path):

@@ -26,7 +26,8 @@ def test_the_meta_device_refuses_a_forgotten_transfer():
 
 @pytest.mark.parametrize("flags", ["", "--backbone resnet34", "--backbone wrn28-10", "--augment", "--task-chunk 2",
                                    "--batch-norm support", "--precision bf16", "--inner-steps 2 --refine", "--method maml",
-                                   "--method fomaml", "--method metasgd", "--method pretrain --augment"])
+                                   "--method fomaml", "--method metasgd", "--method tnet", "--method cavia",
+                                   "--method pretrain --augment"])
 def test_mini_imagenet(flags):
     mini = train_miniimagenet
     args = mini.parse_flags(["--image-size", "32", "--channels", "4", *flags.split()])

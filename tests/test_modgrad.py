@@ -10,7 +10,7 @@ from torch import nn
 
 import modgrad
 import naive
-from modgrad import Generator, LearnedRates, adapt, adapt_linear, conv4, factor_sizes, from_module, mlp
+from modgrad import Generator, LearnedRates, Transforms, adapt, adapt_linear, conv4, factor_sizes, from_module, mlp
 
 ADAPTED = ["conv3.weight", "conv3.bias", "conv4.weight", "conv4.bias"]
 TASKS, SUPPORT, QUERY, WAYS, DIM, U = 3, 6, 8, 3, 7, 4
@@ -167,6 +167,36 @@ def test_meta_sgd_equals_its_equation(steps, first_order):
         assert_close({n: ours[n][t] for n in names}, {n: current[n] for n in names}, 1e-10)
         their_loss = their_loss + F.cross_entropy(naive.conv4_logits(current, query_x[t]), query_y[t])
     ours, theirs = (meta_gradients(value, theta, rates) for value in (our_loss, their_loss))
+    assert min(g.abs().max() for n, g in theirs.items() if n.startswith("psi.")) > 1e-6
+    assert_close(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize("steps, first_order", [(1, False), (3, False), (2, True)])
+def test_t_net_equals_its_definition(steps, first_order):
+    """Linear maps right behind the adapted layers, which only the outer derivative changes; biases and batch norm too."""
+    theta, chain, _ = network(torch.float64)
+    names = ["conv3.weight", "conv3.bias", "norm3.weight", "conv4.weight", "head.weight", "head.bias"]
+    support_x, support_y, query_x, query_y = episode(torch.float64)
+    transforms = Transforms({n: theta[n].shape for n in names}).double()
+    tensors = {n: theta[n] for n in names}
+    assert all(torch.equal(t, theta[n]) for n, t in transforms(tensors).items())       # the identity at the start
+    with torch.no_grad():
+        for p in transforms.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype))
+    maps = {name.removeprefix("maps."): p for name, p in transforms.named_parameters()}
+    assert set(maps) == {"conv3", "conv4", "head"}
+    prefix, suffix = chain.split(names)
+    features = prefix(theta, support_x)
+    loss = lambda p: cross_entropy(suffix({**theta, **transforms(p)}, features), support_y)
+    ours = adapt(loss, tensors, TASKS, 0.2, steps=steps, first_order=first_order)
+    our_loss = cross_entropy(suffix({**theta, **transforms(ours)}, prefix(theta, query_x)), query_y).sum()
+    their_loss = 0
+    for t in range(TASKS):
+        inner = lambda p: F.cross_entropy(naive.conv4_logits(p, support_x[t], maps), support_y[t])
+        current = naive.adapt_one(inner, theta, names, None, 0.2, DIM, U, steps, first_order)
+        assert_close({n: ours[n][t] for n in names}, {n: current[n] for n in names}, 1e-10)
+        their_loss = their_loss + F.cross_entropy(naive.conv4_logits(current, query_x[t], maps), query_y[t])
+    ours, theirs = (meta_gradients(value, theta, transforms) for value in (our_loss, their_loss))
     assert min(g.abs().max() for n, g in theirs.items() if n.startswith("psi.")) > 1e-6
     assert_close(ours, theirs, 1e-10)
 

@@ -11,6 +11,7 @@ from modgrad import Generator, adapt, conv4, resnet34, wide_resnet28
 TASKS, SUPPORT, QUERY, WAYS, DIM, U = 2, 6, 8, 3, 7, 4
 NETWORKS = {  # name: (build, oracle, pixels, tensors that ModGrad adapts)
     "conv4": (lambda: conv4(WAYS, 4, 16), naive.conv4_logits, 16, ["conv3.weight", "conv4.weight"]),
+    "cavia": (lambda: conv4(WAYS, 4, 16, context_dim=6), naive.conv4_logits, 16, ["context", "film.bias", "conv4.weight"]),
     "resnet34": (lambda: resnet34(WAYS, 2, 32), naive.resnet34_logits, 32, ["layer4.2.conv1.weight", "layer4.2.conv2.weight"]),
     "wrn28": (lambda: wide_resnet28(WAYS, 2, 16), naive.wide_resnet28_logits, 16, ["layer3.3.conv1.weight", "layer3.3.conv2.weight"]),
 }

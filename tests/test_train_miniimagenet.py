@@ -43,16 +43,22 @@ def test_a_run_without_data_is_complete_and_says_synthetic(complete_run):
     assert runs.logged(run, "episode", "val_accuracy") == [12, 24]
 
 
-@pytest.mark.parametrize("method", ["maml", "fomaml", "metasgd"])
+@pytest.mark.parametrize("method", ["maml", "fomaml", "metasgd", "tnet", "cavia"])
 def test_the_baselines_run(method, tmp_path):
     done = script(*TINY, "--method", method, "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = runs.result(tmp_path / "run")
-    assert result["config"]["inner_steps"] == (1 if method == "metasgd" else 5)
+    assert result["config"]["inner_steps"] == {"metasgd": 1, "tnet": 1, "cavia": 2}.get(method, 5)
     assert result["config"]["first_order"] == (method == "fomaml")
     if method == "metasgd":
         rates = torch.cat([t.flatten() for name, t in runs.weights(tmp_path / "run").items() if name.startswith("rates.")])
         assert 0 < (rates - 0.05).abs().max() < 0.05       # learned, each from its start at Adam's 1e-3 an update
+    if method == "tnet":
+        changes = [(t - torch.eye(len(t))).abs().max() for name, t in runs.weights(tmp_path / "run").items() if name.startswith("maps.")]
+        assert len(changes) == 5 and all(0 < change < 0.05 for change in changes)
+    if method == "cavia":      # its start is not learned
+        weights = runs.weights(tmp_path / "run")
+        assert weights["context"].shape == (8,) and not weights["context"].any() and weights["film.weight"].any()
 
 
 def test_modgrad_learns_the_synthetic_classes(tmp_path):
@@ -98,7 +104,7 @@ def test_chunks_of_tasks_give_the_same_gradients():
         assert all((a - b).abs().max() <= 1e-6 * largest for a, b in zip(gradients[0], other))
 
 
-@pytest.mark.parametrize("method", ["modgrad", "maml"])
+@pytest.mark.parametrize("method", ["modgrad", "maml", "tnet", "cavia"])
 @pytest.mark.parametrize("path", ["closed forms", "task by task", "compiled"])
 def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkeypatch):
     """Every loss, against autograd through PyTorch's own layers; of the compiler all but its fused arithmetic."""
@@ -139,6 +145,7 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
     (["--adapt", "conv9.weight"], "conv9.weight"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--method", "maml", "--refine"], "--refine"),
+    (["--method", "cavia", "--backbone", "wrn28-10"], "cavia"),
     (["--method", "maml", "--normalise-context"], "--normalise-context"),
     (["--compile", "--gradient-noise", "0.1"], "--gradient-noise"),
     (["--cuda-graph", "--gradient-noise", "0.1"], "--gradient-noise"),
