@@ -7,6 +7,7 @@ that name. `--check` changes nothing and fails if a document is out of date.
 import json
 import os
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -104,10 +105,14 @@ ABLATIONS = {  # flag -> (what it is, its default, paper's 5-shot and 1-shot acc
 }
 
 
+def of_seed_1():
+    return [(folder, r) for folder, r in runs("ablations") if r["seed"] == 1]
+
+
 def ablations():
     """One row a value of one flag, all others at their defaults; the paper's columns have 84 pixels and 50,000 episodes."""
     rows = ["| what varies | value | 5-shot: ours, % | paper, % | 1-shot: ours, % | paper, % |", "| --- | --- | --- | --- | --- | --- |"]
-    found = [(folder, r, r["config"]) for folder, r in runs("ablations")
+    found = [(folder, r, r["config"]) for folder, r in of_seed_1()
              if r["config"]["method"] == "modgrad" and (r["config"]["gradient_noise"], r["config"]["inner_lr"]) == (0, 0.1)]
     for flag, (title, _, paper) in ABLATIONS.items():
         rest = [(other, default) for other, (_, default, _) in ABLATIONS.items() if other != flag]
@@ -127,7 +132,7 @@ def shots():
     both, cells = ("conv3", "conv4"), {}
     columns = {("modgrad", 0.1, both): "modgrad, alpha 0.1: ours, %", ("maml", 1, both): "maml, alpha 1: ours, %",
                ("maml", 3, ("conv4",)): "maml, conv4 alone, alpha 3: ours, %"}
-    for folder, r in runs("ablations"):
+    for folder, r in of_seed_1():
         c = r["config"]
         if (c["inner_steps"], c["rank"], c["gradient_noise"]) == (1, 5, 0):
             cells[c["shots"], (c["method"], c["inner_lr"], adapted_layers(c))] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
@@ -140,7 +145,7 @@ def shots():
 def steps():
     """One row a method and number of inner steps: MAML over all layers, and ModGrad with all other flags at their defaults."""
     cells = {}
-    for folder, r in runs("ablations"):
+    for folder, r in of_seed_1():
         c = r["config"]
         every_layer = len(c["adapt"]) == 10 and c["method"] in ("maml", "fomaml")
         if every_layer or (c["method"], c["inner_lr"], c["rank"], c["gradient_noise"], c["inner_steps"]) == ("modgrad", 0.1, 5, 0, 1):
@@ -162,17 +167,37 @@ def adapted_layers(config):
 def methods():
     """One row a method, set of layers and alpha, one column a number of shots and standard deviation of the gradient's noise."""
     cells = {}
-    for folder, r in runs("ablations"):
+    for folder, r in of_seed_1():
         c = r["config"]
-        if c["inner_steps"] == 1 and c["rank"] == 5 and c["shots"] <= 5:
+        if c["inner_steps"] == (2 if c["method"] == "cavia" else 1) and c["rank"] == 5 and c["shots"] <= 5:
             row = cells.setdefault((c["method"], adapted_layers(c), c["inner_lr"]), {})
             row[-c["shots"], c["gradient_noise"]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
     columns = sorted({column for row in cells.values() for column in row})
     titles = [f"{-shots}-shot{f', noise {noise:g}' * (noise > 0)}: ours, %" for shots, noise in columns]
     rows = [f"| method | alpha | {' | '.join(titles)} |", "| --- | --- |" + " --- |" * len(columns)]
     for (name, layers, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
-        what = "" if layers == ("conv3", "conv4") else f", {' and '.join(layers)} alone"
+        what = "" if layers == ("conv3", "conv4") else ", 2 steps" if name == "cavia" else f", {' and '.join(layers)} alone"
         rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in columns)} |")
+    return "\n".join(rows)
+
+
+def seeds():
+    """One row a method, set of layers, alpha and noise in the inner gradient of which there are several seeds."""
+    cells = {}
+    for folder, r in runs("ablations"):
+        c = r["config"]
+        if (c["inner_steps"], c["rank"], c["shots"]) == (1, 5, 5):
+            cells.setdefault((c["method"], adapted_layers(c), c["inner_lr"], c["gradient_noise"]), {})[r["seed"]] = folder, r
+    cells = {row: found for row, found in cells.items() if len(found) > 1}
+    columns = sorted({seed for found in cells.values() for seed in found})
+    rows = [f"| method | alpha | noise | {' | '.join(f'seed {seed}: ours, %' for seed in columns)} | mean, standard deviation over seeds |",
+            "| --- | --- | --- |" + " --- |" * (len(columns) + 1)]
+    for (name, layers, rate, noise), found in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
+        what = "" if layers == ("conv3", "conv4") else f", {' and '.join(layers)} alone"
+        numbers = [f"[{percent(found[seed][1])}](results/{found[seed][0].relative_to(HERE)})" if seed in found else "-"
+                   for seed in columns]
+        values = [100 * r["value"] for _, r in found.values()]
+        rows.append(f"| {name}{what} | {rate:g} | {noise:g} | {' | '.join(numbers)} | {statistics.mean(values):.2f}, {statistics.stdev(values):.2f} |")
     return "\n".join(rows)
 
 
@@ -447,8 +472,8 @@ def resources():
 
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, noise, modulation, celeba,
-                                                  omniglot, rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, modulation,
+                                                  celeba, omniglot, rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
