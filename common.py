@@ -197,12 +197,24 @@ class CudaGraph:
         self.gradients = [p.grad for p in self.parameters]
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        copy_all(inputs, self.inputs)
         self.graph.replay()
         for p, gradient in zip(self.parameters, self.gradients):
             p.grad = gradient
-        return tuple(t.clone() for t in self.output) if isinstance(self.output, tuple) else self.output.clone()
+        if not isinstance(self.output, tuple):
+            return self.output.clone()
+        copies = tuple(torch.empty_like(t) for t in self.output)
+        copy_all(self.output, copies)
+        return copies
+
+
+def copy_all(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    """Copy each tensor into one of its shape and dtype, on a GPU in one launch for each dtype."""
+    by_type: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for pair in zip(targets, sources, strict=True):
+        by_type.setdefault(pair[0].dtype, []).append(pair)
+    for pairs in by_type.values():
+        torch._foreach_copy_(*map(list, zip(*pairs)))
 
 
 def replays(function: Callable, parameters: Iterable[torch.Tensor] = ()) -> Callable:

@@ -21,7 +21,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -584,35 +584,57 @@ def first_order_step(learner: Learner, args: argparse.Namespace, theta: Tensors,
     return Step(theta, step.losses.detach(), step.gradient, {name: t.detach() for name, t in step.after.items()})
 
 
-def make_step(learner: Learner, args: argparse.Namespace, device: torch.device) -> Callable[..., Step]:
-    """first_order_step(theta, x, y, running), on a GPU recorded as a CUDA graph unless the flags forbid it."""
-    take = functools.partial(first_order_step, learner, args)
-    if not takes_cuda_graph(args, device):
-        return take
-    names, pairs = list(learner.theta), lambda tensors: dict(zip(BLOCKS, zip(tensors[::2], tensors[1::2])))
+class Parts(NamedTuple):
+    """What a meta-step repeats, on a GPU recorded once and replayed."""
+    take_step: Callable[..., Step]          # first_order_step(theta, x, y, running)
+    leap_segment: Callable[..., Tensors]    # leap_segment(total, one, two)
+    window: Callable[..., tuple]            # window_gradients(start, batches)
 
-    def flat(x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        statistics = tensors[len(names):]                                                    # batch norm's, changed in place
-        step = take(dict(zip(names, tensors)), x, y, pairs(statistics))
+
+def make_parts(learner: Learner, args: argparse.Namespace, device: torch.device) -> Parts:
+    """Recorded as CUDA graphs on a GPU, unless the flags forbid it."""
+    bound = lambda function: functools.partial(function, learner, args)
+    parts = Parts(bound(first_order_step), leap_segment, bound(window_gradients))
+    if not takes_cuda_graph(args, device):
+        return parts
+    names, pairs = list(learner.theta), lambda tensors: dict(zip(BLOCKS, zip(tensors[::2], tensors[1::2])))
+    named, count = lambda tensors: dict(zip(names, tensors)), len(names)
+
+    def flat_step(x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        statistics = tensors[count:]                                                         # batch norm's, changed in place
+        step = parts.take_step(named(tensors), x, y, pairs(statistics))
         return step.losses, *step.gradient.values(), *step.after.values(), *statistics
 
-    replayed = replays(flat)
+    def flat_segment(losses: Tensor, next_losses: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        total, theta, next_theta, gradient = (named(tensors[first:]) for first in range(0, 4 * count, count))
+        return tuple(leap_segment(total, Step(theta, losses, gradient, {}), Step(next_theta, next_losses, {}, {})).values())
 
-    def recorded(theta: Tensors, x: Tensor, y: Tensor, running: Running) -> Step:
-        losses, *rest = replayed(x, y, *(theta[name] for name in names), *itertools.chain(*running.values()))
-        gradient, after = (dict(zip(names, rest[first:])) for first in (0, len(names)))
-        running.update(pairs(rest[2 * len(names):]))
-        return Step(theta, losses, gradient, after)
+    def flat_window(*tensors: Tensor) -> tuple[Tensor, ...]:
+        batches = tensors[count:]
+        to_start, to_psi = parts.window(named(tensors), list(zip(batches[::2], batches[1::2])))
+        return *to_start.values(), *to_psi
 
-    return recorded
+    step_graph, segment_graph, window_graph = replays(flat_step), replays(flat_segment), replays(flat_window)
+
+    def take_step(theta: Tensors, x: Tensor, y: Tensor, running: Running) -> Step:
+        losses, *rest = step_graph(x, y, *(theta[name] for name in names), *itertools.chain(*running.values()))
+        running.update(pairs(rest[2 * count:]))
+        return Step(theta, losses, named(rest), named(rest[count:]))
+
+    def recorded_segment(total: Tensors, one: Step, two: Step) -> Tensors:
+        groups = total, one.theta, two.theta, one.gradient
+        return named(segment_graph(one.losses, two.losses, *(group[name] for group in groups for name in names)))
+
+    def window(start: Tensors, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensors, Sequence[Tensor]]:
+        found = window_graph(*(start[name] for name in names), *itertools.chain(*batches))
+        return named(found), found[count:]
+
+    return Parts(take_step, recorded_segment, window)
 
 
 def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, running: Running,
                take_step: Callable[..., Step] | None = None) -> Iterator[Step]:
-    """The first-order inner loop from theta over all mini-batches; one step at a time, so that none has to be kept.
-
-    `take_step` is make_step's, which is costly to make anew when it is recorded.
-    """
+    """The first-order inner loop from theta over all mini-batches; one step at a time, so that none has to be kept."""
     take_step = take_step or functools.partial(first_order_step, learner, args)
     theta = expand(learner.theta, batches.rows.shape[1])
     for k in range(len(batches.rows)):
@@ -623,7 +645,7 @@ def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, run
 
 # --- meta-train ------------------------------------------------------------------------------------------------------
 
-def leap_direction(steps: Iterable[Step]) -> Tensors:
+def leap_direction(steps: Iterable[Step], segment: Callable[..., Tensors] | None = None) -> Tensors:
     """LEAP (Flennerhag et al. 2019), length metric with stabiliser, {name: (T, *shape)}: over successive steps i, i + 1
 
         sum of  [(theta_i - theta_{i+1}) + |dL| g_i] / sqrt(dL^2 + ||theta_{i+1} - theta_i||^2),  dL = L_{i+1} - L_i,
@@ -632,18 +654,18 @@ def leap_direction(steps: Iterable[Step]) -> Tensors:
     """
     total = {}
     for one, two in itertools.pairwise(steps):
-        for name, part in _leap_segment(one, two).items():
-            total[name] = total[name] + part if name in total else part
+        total = (segment or leap_segment)(total or {name: torch.zeros_like(g) for name, g in one.gradient.items()}, one, two)
     return total
 
 
 @torch.no_grad()
-def _leap_segment(one: Step, two: Step) -> Tensors:
+def leap_segment(total: Tensors, one: Step, two: Step) -> Tensors:
+    """LEAP's sum after one more segment."""
     moved = {name: one.theta[name] - two.theta[name] for name in one.theta}
     rise = (two.losses - one.losses).abs()                                                   # (T,)
     length = (rise ** 2 + sum((t ** 2).flatten(1).sum(1) for t in moved.values())).sqrt()
     per_task = lambda values, like: values.view(-1, *[1] * (like.dim() - 1))
-    return {name: (t + per_task(rise, t) * one.gradient[name]) / per_task(length, t) for name, t in moved.items()}
+    return {name: total[name] + (t + per_task(rise, t) * one.gradient[name]) / per_task(length, t) for name, t in moved.items()}
 
 
 def reptile_direction(steps: Iterable[Step]) -> Tensors:
@@ -669,17 +691,24 @@ def _ends(steps: Iterable[Step]) -> tuple[Step, Step]:
 DIRECTIONS = {"leap": leap_direction, "reptile": reptile_direction, "fomaml": fomaml_direction}
 
 
-def window(learner: Learner, args: argparse.Namespace, start: Tensors, batches: Batches, first: int, steps: int,
-           held_out: tuple[Tensor, Tensor]) -> Tensor:
-    """Losses on held-out mini-batches (T,) after `steps` differentiable steps from mini-batch `first` on."""
-    for k in range(first, first + steps):
-        start = inner_step(learner, args, start, *batches.take(k), graph=not args.first_order).after
-    x, y = held_out
+def window(learner: Learner, args: argparse.Namespace, start: Tensors, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Losses on the last mini-batch (x, y), of held-out images, (T,), after a differentiable step on each of the others."""
+    *support, (x, y) = batches
+    for batch in support:
+        start = inner_step(learner, args, start, *batch, graph=not args.first_order).after
     return cross_entropy(classify(start, x), y)
 
 
+def window_gradients(learner: Learner, args: argparse.Namespace, start: Tensors,
+                     batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensors, Sequence[Tensor]]:
+    """The gradient of each task's window with respect to its start, {name: (T, *shape)}, and of their mean to psi."""
+    start, psi = leaves(start), list(learner.generator.parameters())
+    found = torch.autograd.grad(window(learner, args, start, batches).mean(), [*start.values(), *psi])
+    return {name: g * len(batches[-1][1]) for name, g in zip(start, found)}, found[len(start):]      # of each task, not the mean
+
+
 def modgrad_direction(learner: Learner, args: argparse.Namespace, steps: Iterable[Step], batches: Batches,
-                      held_out: Batches, places: list[int]) -> Tensors:
+                      held_out: Batches, places: list[int], parts: Parts) -> Tensors:
     """Walk the modulated trajectory; at each place psi receives the gradient of a window's held-out loss.
 
     DEVIATION: the paper does not say how it differentiates through long inner loops. theta_k of a place is a constant
@@ -691,39 +720,45 @@ def modgrad_direction(learner: Learner, args: argparse.Namespace, steps: Iterabl
     def visited() -> Iterator[Step]:
         for k, step in enumerate(steps):
             if k in places:
-                start = leaves(step.theta)
-                losses = window(learner, args, start, batches, k, args.unroll, held_out.take(places.index(k)))
-                (losses.mean() / len(places)).backward()
-                for name, t in start.items():
-                    from_windows[name] = from_windows[name] + t.grad * len(losses)    # of each task, not of their mean
+                window = [*(batches.take(i) for i in range(k, k + args.unroll)), held_out.take(places.index(k))]
+                to_start, to_psi = parts.window(step.theta, window)
+                for p, g in zip(learner.generator.parameters(), to_psi):
+                    g = g / len(places)
+                    p.grad = g if p.grad is None else p.grad + g
+                for name, g in to_start.items():
+                    from_windows[name] = from_windows[name] + g / len(places)
             yield step
 
-    by_leap = leap_direction(visited())
+    by_leap = leap_direction(visited(), parts.leap_segment)
     return by_leap if args.theta_update == "leap" else from_windows
 
 
 def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets, rng: torch.Generator,
-                   take_step: Callable[..., Step] | None = None) -> Tensor:
+                   parts: Parts | None = None) -> Tensor:
     """Multi-shot: leave the meta-gradient of one meta-batch in .grad; (loss over the trajectory, at its end), (2,).
 
-    `take_step` is that of `trajectory`.
+    `parts` are make_parts', which are costly to make anew when they are recorded.
     """
+    parts = parts or make_parts(learner, args, torch.device("cpu"))
     alphabets = choose_alphabets(len(split.names), args.meta_batch, rng)
     dtype = activation_type(args)
     batches = draw_batches(split.train, alphabets, args.inner_steps, args.batch, rng, args.imbalanced, dtype)
     if args.method == "maml":
         held_out = draw_batches(split.held_out, alphabets, 1, args.batch, rng, dtype=dtype)
         start = {name: t.expand(len(alphabets), *t.shape) for name, t in learner.theta.items()}
-        loss = window(learner, args, start, batches, 0, args.inner_steps, held_out.take(0)).mean()
+        support = [batches.take(k) for k in range(args.inner_steps)]
+        loss = window(learner, args, start, [*support, held_out.take(0)]).mean()
         loss.backward()
         return loss.detach().expand(2)
     losses: list[Tensor] = []
     running = fresh_statistics(len(alphabets), args, split.train.device)
-    steps = _note_losses(trajectory(learner, args, batches, running, take_step), losses)
+    steps = _note_losses(trajectory(learner, args, batches, running, parts.take_step), losses)
     if args.method == "modgrad":
         held_out = draw_batches(split.held_out, alphabets, args.windows, args.batch, rng, dtype=dtype)
         places = torch.randperm(args.inner_steps - args.unroll + 1, generator=rng)[: args.windows].tolist()
-        direction = modgrad_direction(learner, args, steps, batches, held_out, places)
+        direction = modgrad_direction(learner, args, steps, batches, held_out, places, parts)
+    elif args.method == "leap":
+        direction = leap_direction(steps, parts.leap_segment)
     else:
         direction = DIRECTIONS[args.method](steps)
     for name, t in learner.theta.items():
@@ -767,7 +802,7 @@ def make_gradient(learner: Learner, args: argparse.Namespace, device: torch.devi
 
 
 META_STEPS = {"multi-shot": alphabets_step, "few-shot": episodes_step}
-PARTS = {"multi-shot": make_step, "few-shot": make_gradient}      # of a meta-step, to be made once and passed to it
+PARTS = {"multi-shot": make_parts, "few-shot": make_gradient}     # of a meta-step, to be made once and passed to it
 LOGGED = {"multi-shot": ("loss", "last_loss"), "few-shot": ("loss", "accuracy")}
 
 
@@ -805,7 +840,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     return now
 
 
-def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: dict, part: Callable | None = None) -> None:
+def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: dict, part: Parts | Callable | None = None) -> None:
     """Measure validation accuracy and keep the weights if they are the best so far. `part` is that of `evaluate`."""
     value, ci95 = mean_ci95(evaluate(learner, args, split, args.val_episodes, "validation", part)[0])
     append_log(run, {"meta_step": now["meta_step"], "val_accuracy": value, "val_ci95": ci95})
@@ -816,10 +851,10 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: 
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 def evaluate(learner: Learner, args: argparse.Namespace, split, episodes: int, what: str,
-             part: Callable | None = None) -> tuple[list[float], dict]:
+             part: Parts | Callable | None = None) -> tuple[list[float], dict]:
     """Accuracy of each task, and the multi-shot protocol's curves; the same tasks for every method.
 
-    few-shot: `episodes` tasks; multi-shot: every alphabet of the split once, with `part`, make_step's, where it is given.
+    few-shot: `episodes` tasks; multi-shot: every alphabet of the split once, with `part`, make_parts', where it is given.
     """
     rng = torch.Generator().manual_seed(EVALUATION_SEED)
     few_shot = args.protocol == "few-shot"
@@ -832,7 +867,7 @@ def evaluate(learner: Learner, args: argparse.Namespace, split, episodes: int, w
                 accuracies += evaluate_episodes(learner, args, split, tasks, rng)
             else:
                 alphabets = torch.arange(len(accuracies), len(accuracies) + tasks)
-                curves.append(evaluate_alphabets(learner, args, split, alphabets, rng, part))
+                curves.append(evaluate_alphabets(learner, args, split, alphabets, rng, part.take_step if part else None))
                 accuracies += curves[-1]["accuracy"][-1]
             bar.update(tasks)
     return accuracies, {} if few_shot else join_curves(curves, args.test_steps)
@@ -974,7 +1009,7 @@ def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 3) 
                            args.batch, rng)
     fresh = lambda: fresh_statistics(args.meta_batch, args, device)
     in_precision = batches._replace(dtype=activation_type(args))
-    take_step = make_step(learner, args, device)
+    take_step = make_parts(learner, args, device).take_step
     contenders = {"lock-step": lambda: reptile_direction(trajectory(learner, args, in_precision, fresh(), take_step)),
                   "naive": lambda: naive_reptile(learner, args, batches)}
     taken = {name: [] for name in contenders}

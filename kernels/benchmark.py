@@ -45,13 +45,14 @@ SIZES = {                                # the tensors that ModGrad adapts in ea
     "wrn": [(1920, 1920), (1920, 1920)],                    # 640 x 640 x 3 x 3
     "wrn-natural": [(640, 5760)],
 }
+SAMPLES = 16
 PASSES = ("forward", "backward", "double backward", "inner step")
 CONTENDERS = ("eager", "addcmul", "closed", "compile", "triton", "triton-single")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Case(NamedTuple):
-    """Lists with one tensor per adapted tensor of a network; the last four are the cotangents."""
+    """Lists with one tensor per adapted tensor of a network; G, X, p and q are cotangents."""
 
     theta: list                          # (n1, n2)
     grad: list                           # (T, n1, n2)
@@ -61,6 +62,7 @@ class Case(NamedTuple):
     X: list                              # (T, n1, n2)  of d_grad
     p: list                              # (T, n1)      of d_row
     q: list                              # (T, n2)      of d_col
+    images: list                         # (n2, SAMPLES)  what the network between two steps reads
 
 
 # --- the contenders ---------------------------------------------------------------------------------------
@@ -96,8 +98,7 @@ def autograd_passes(step: Callable, case: Case) -> dict:
 
     def inner_step():
         trial = step(*inputs)
-        # The trial's own value is its cotangent, as for the loss |y|^2 / 2: no kernel is added to the count.
-        moved = torch.autograd.grad(trial, case.row + case.col, trial, create_graph=True)
+        moved = torch.autograd.grad(trial, case.row + case.col, _loss_gradient(trial, case.images), create_graph=True)
         row, col = _moved(case.row, case.col, moved)
         return torch.autograd.grad(step(case.theta, case.grad, row, col), leaves, case.G)
 
@@ -108,6 +109,12 @@ def autograd_passes(step: Callable, case: Case) -> dict:
                                                        case.X + case.p + case.q, retain_graph=True),
         "inner step": inner_step,
     }
+
+
+def _loss_gradient(trial, images) -> list:
+    """Gradients with respect to y of the losses |y x|^2 / 2. A network lies between the two steps, and no compiler can fuse them
+    across it; this one of linear layers is the least of networks, and all contenders have the same."""
+    return [(y @ x) @ x.mT for y, x in zip(trial, images)]
 
 
 def _moved(row, col, change) -> tuple:
@@ -128,10 +135,10 @@ def compiled_passes(step: Callable, case: Case) -> dict:
             return vjp(lambda *args: step(theta, *args), grad, row, col)[1](G)
         return vjp(first, G, grad, row, col)[1]((X, p, q))
 
-    def inner_step(theta, grad, row, col, G):
+    def inner_step(theta, grad, row, col, G, images):
         def two_steps(theta, grad, row, col):
             trial, pull_back = vjp(lambda row, col: step(theta, grad, row, col), row, col)
-            d_row, d_col = pull_back(trial)
+            d_row, d_col = pull_back(_loss_gradient(trial, images))
             return step(theta, grad, *_moved(row, col, d_row + d_col))
         return vjp(two_steps, theta, grad, row, col)[1](G)
 
@@ -140,7 +147,7 @@ def compiled_passes(step: Callable, case: Case) -> dict:
         return lambda: compiled(*arguments)
 
     return {"forward": bound(step, case[:4]), "backward": bound(backward, case[:5]),
-            "double backward": bound(double_backward, case), "inner step": bound(inner_step, case[:5])}
+            "double backward": bound(double_backward, case[:8]), "inner step": bound(inner_step, (*case[:5], case.images))}
 
 
 def make_passes(name: str, case: Case) -> dict:
@@ -175,11 +182,12 @@ def make_case(shapes, tasks: int, dtype: torch.dtype, device: torch.device) -> C
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     def group(kind):
-        extents = {"theta": lambda n1, n2: (n1, n2), "matrix": lambda n1, n2: (tasks, n1, n2),
-                   "row": lambda n1, n2: (tasks, n1), "col": lambda n1, n2: (tasks, n2)}[kind]
+        extents = {"theta": lambda n1, n2: (n1, n2), "matrix": lambda n1, n2: (tasks, n1, n2), "row": lambda n1, n2: (tasks, n1),
+                   "col": lambda n1, n2: (tasks, n2), "images": lambda n1, n2: (n2, SAMPLES)}[kind]
         return [normal(*extents(*shape)) for shape in shapes]
 
-    return Case(*map(group, ("theta", "matrix", "row", "col", "matrix", "matrix", "row", "col")))
+    case = Case(*map(group, ("theta", "matrix", "row", "col", "matrix", "matrix", "row", "col", "images")))
+    return case._replace(images=[x / len(x) ** 0.5 for x in case.images])
 
 
 def flat(results) -> list:
@@ -273,8 +281,9 @@ def model_bytes(shapes, tasks: int, item: int) -> dict:
     backward = 3 * matrix + theta + 2 * vectors                      # G, g, a, b -> d_g, d_theta, d_a, d_b
     context = 2 * matrix + 2 * vectors                               # G, g, a, b -> d_a, d_b
     without_x = 4 * matrix + 3 * vectors                             # G, g, a, b, p, q -> to G, g, a, b
+    network = 4 * matrix                                             # y -> G, and the derivative of that
     elements = {"forward": forward, "backward": backward, "double backward": without_x + matrix,
-                "inner step": 2 * forward + context + 2 * backward + without_x}
+                "inner step": 2 * forward + context + 2 * backward + without_x + network}
     return {name: item * count for name, count in elements.items()}
 
 

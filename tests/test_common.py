@@ -492,6 +492,16 @@ def test_a_fingerprint_follows_name_size_and_time(tmp_path):
     assert len(set(marks)) == 3
 
 
+def test_many_tensors_are_copied_at_once():
+    """Of several dtypes, from views too; a tensor too few is an error."""
+    sources = [torch.randn(3, 4).expand(2, 3, 4), torch.arange(5), torch.randn(4, 2).T, torch.randn(2, 2).bfloat16()]
+    targets = [torch.empty(t.shape, dtype=t.dtype) for t in sources]
+    common.copy_all(sources, targets)
+    assert all(torch.equal(*pair) for pair in zip(sources, targets))
+    with pytest.raises(ValueError):
+        common.copy_all(sources[1:], targets)
+
+
 def test_an_optimisers_state_goes_on_in_another_implementation():
     """A GPU's one-kernel Adam saves what the CPU's reads, and the other way round."""
     def steps(fused, state, count):

@@ -135,8 +135,12 @@ def test_image_completion_replayed_is_that_of_the_cpu(flags):
 
 @pytest.mark.parametrize("flags", ["", "--method leap", "--method reptile", "--method maml --inner-steps 3",
                                    "--protocol few-shot", "--protocol few-shot --method maml --inner-steps 2"])
-def test_omniglot_replayed_is_that_of_the_cpu(flags):
-    """A meta-step in float32 and its direction; the multi-shot network's inner steps multiply roundings by about ten each."""
+def test_omniglot_replayed_is_that_of_the_cpu(flags, monkeypatch):
+    """A meta-step and its direction in float64. In float32 roundings alone move those of the multi-shot network by up to 0.6 and
+    130 % on these images: batch norm divides by standard deviations that are nearly zero, step after step."""
+    wide, fresh = torch.float64, omniglot.fresh_statistics
+    monkeypatch.setattr(omniglot, "activation_type", lambda args: wide)
+    monkeypatch.setattr(omniglot, "fresh_statistics", lambda *args: {k: tuple(t.to(wide) for t in pair) for k, pair in fresh(*args).items()})
     drawings, found = omniglot.synthetic_drawings(), []
     for device, graph in ((torch.device("cpu"), "--no-cuda-graph"), (CUDA, "--no-cuda-graph"), (CUDA, "--cuda-graph")):
         args = omniglot.parse_flags(["--channels", "8", "--inner-steps", "3", "--meta-batch", "2", "--device", str(device), graph,
@@ -145,9 +149,11 @@ def test_omniglot_replayed_is_that_of_the_cpu(flags):
         few_shot, rng = args.protocol == "few-shot", torch.Generator().manual_seed(0)
         splits = omniglot.split_characters(drawings, device) if few_shot else omniglot.split_alphabets(drawings, 25, 1, device)
         learner = omniglot.build_learner(args, device)
+        learner = learner._replace(theta={name: torch.nn.Parameter(t.detach().to(wide)) for name, t in learner.theta.items()},
+                                   generator=learner.generator and learner.generator.to(wide))
         part = omniglot.PARTS[args.protocol](learner, args, device)
         losses = omniglot.META_STEPS[args.protocol](learner, args, splits["train"], rng, part)
         found.append((losses.cpu(), torch.cat([t.grad.flatten().cpu() for t in learner.theta.values()])))
     for losses, direction in found[1:]:
-        torch.testing.assert_close(losses, found[0][0], rtol=1e-3, atol=0)
-        assert (direction - found[0][1]).norm() <= 0.05 * found[0][1].norm()
+        torch.testing.assert_close(losses, found[0][0], rtol=1e-6, atol=0)
+        assert (direction - found[0][1]).norm() <= 1e-6 * found[0][1].norm()

@@ -139,10 +139,12 @@ def test_modgrads_windows_equal_the_equations_one_task_at_a_time(flags):
     held = omni.draw_batches(split.held_out, torch.tensor([3, 7]), 1, 20, torch.Generator().manual_seed(1),
                              dtype=torch.float64).take(0)
     start = omni.leaves(omni.expand(learner.theta, 2))
-    losses = omni.window(learner, args, start, batches, 1, 2, held)
+    support_and_held = [batches.take(1), batches.take(2), held]
+    losses = omni.window(learner, args, start, support_and_held)
     psi = dict(learner.generator.named_parameters())
     wanted = [*psi.values(), *start.values()]
-    found = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
+    to_start, to_psi = omni.window_gradients(learner, args, start, support_and_held)     # psi: of the mean over two tasks
+    found = [*(2 * g for g in to_psi), *to_start.values()]
     expected_losses = []
     for task in range(2):
         theta = {n: t[task] for n, t in start.items()}
@@ -189,7 +191,7 @@ def test_modgrads_meta_step_trains_psi_and_theta(rule, float64):
         expected = 0
         for number, k in enumerate(places):
             start = omni.leaves(steps[k].theta)
-            loss = omni.window(learner, args, start, batches, k, 2, held_out.take(number)).mean()
+            loss = omni.window(learner, args, start, [batches.take(k), batches.take(k + 1), held_out.take(number)]).mean()
             expected = expected + torch.autograd.grad(loss, start["head.weight"])[0].sum(0) / len(places)
     assert torch.allclose(learner.theta["head.weight"].grad, expected, rtol=1e-9, atol=1e-12)      # float64
 
@@ -239,7 +241,8 @@ def test_recorded_meta_steps_are_launched_ones(flags, monkeypatch):
             found += [torch.tensor(accuracies), torch.tensor(curves["loss"])]
         found.append(learner.theta["conv2.weight"].detach())
     half = len(found) // 2
-    assert len(made) == (1 if args.protocol == "few-shot" else 2)
+    recorded = 1 if args.protocol == "few-shot" else 2 + len({"leap": "s", "modgrad": "sw"}.get(args.method, ""))
+    assert len(made) == recorded               # steps of two tasks and of one; LEAP's segment; the window
     assert all(torch.equal(*pair) for pair in zip(found[:half], found[half:]))
 
 
