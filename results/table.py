@@ -404,6 +404,20 @@ def scaling():
     return "\n".join(rows)
 
 
+def throughput():
+    """One row a machine and form of ModGrad's step: episodes a second and peak memory by meta-batch."""
+    found = [s for s in speeds() if s.get("throughput")]
+    batches = list(dict.fromkeys(tasks for s in found for tasks in s["throughput"]))
+    rows = [f"| machine | ModGrad's meta-step | {' | '.join(f'{tasks} tasks: episodes/s, GiB' for tasks in batches)} |",
+            f"| --- | --- | {' | '.join('---' for _ in batches)} |"]
+    for s in found:
+        for name in next(iter(s["throughput"].values())):
+            cells = [f"{1 / p['seconds_per_episode']['median']:,.0f}, {p['peak_memory_bytes'] / 2**30:.1f}"
+                     for p in (s["throughput"][tasks][name] for tasks in batches)]
+            rows.append(f"| {machine(s)} | {CONTENDERS[name]} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def kernel_files():
     return [json.loads(path.read_text()) for path in sorted(HERE.glob("kernels-*.json")) if path.stem != "kernels-resources"]
 
@@ -450,8 +464,8 @@ def by_layer(name, size_title, size, unit, cell):
         found = {(r["layer"], r["form"], r["pass"]): r for r in file["rows"]}
         for layer, form in dict.fromkeys(key[:2] for key in found):
             cells = " | ".join(cell(found[layer, form, p]) for p in PASSES)
-            rows.append(f"| {machine(file)} | {size(file)} | {layer} | "
-                        f"{form} | {cells} |")
+            precision = "" if file.get("precision", "fp32") == "fp32" else f", {file['precision']}"
+            rows.append(f"| {machine(file)}{precision} | {size(file)} | {layer} | {form} | {cells} |")
     return "\n".join(rows)
 
 
@@ -473,7 +487,7 @@ def resources():
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
     tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, modulation,
-                                                  celeba, omniglot, rl, ratios, speed, work, scaling, kernels, convolutions, blocks, resources)}
+                                                  celeba, omniglot, rl, ratios, speed, work, throughput, scaling, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
