@@ -187,6 +187,8 @@ class Transforms(nn.Module):
 
     `shapes` as in `Generator`; layers are told by their "weight" of two dimensions or more. Called with the adapted tensors
     {name: ([T,] *shape)} it returns those of the same network with each T inside its layer: T W and T b.
+
+    Raises ValueError if no weight of a layer is among the shapes.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]):
@@ -194,6 +196,8 @@ class Transforms(nn.Module):
         self.dims = {name: len(shape) for name, shape in shapes.items()}
         self.maps = nn.ParameterDict({_key(_layer(name)): torch.eye(shape[0]) for name, shape in shapes.items()
                                       if name.endswith("weight") and len(shape) > 1})
+        if not self.maps:
+            raise ValueError(f"T-Net maps the outputs of adapted layers, and {', '.join(shapes)} hold no layer's weight")
 
     def forward(self, tensors: Mapping[str, Tensor]) -> Tensors:
         return {name: self._transformed(name, t) for name, t in tensors.items()}

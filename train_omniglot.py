@@ -591,10 +591,14 @@ class Parts(NamedTuple):
     window: Callable[..., tuple]            # window_gradients(start, batches)
 
 
-def make_parts(learner: Learner, args: argparse.Namespace, device: torch.device) -> Parts:
-    """Recorded as CUDA graphs on a GPU, unless the flags forbid it."""
+def launched_parts(learner: Learner, args: argparse.Namespace) -> Parts:
     bound = lambda function: functools.partial(function, learner, args)
-    parts = Parts(bound(first_order_step), leap_segment, bound(window_gradients))
+    return Parts(bound(first_order_step), leap_segment, bound(window_gradients))
+
+
+def make_parts(learner: Learner, args: argparse.Namespace, device: torch.device) -> Parts:
+    """On a GPU recorded as CUDA graphs, unless the flags forbid it."""
+    parts = launched_parts(learner, args)
     if not takes_cuda_graph(args, device):
         return parts
     names, pairs = list(learner.theta), lambda tensors: dict(zip(BLOCKS, zip(tensors[::2], tensors[1::2])))
@@ -645,19 +649,6 @@ def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, run
 
 # --- meta-train ------------------------------------------------------------------------------------------------------
 
-def leap_direction(steps: Iterable[Step], segment: Callable[..., Tensors] | None = None) -> Tensors:
-    """LEAP (Flennerhag et al. 2019), length metric with stabiliser, {name: (T, *shape)}: over successive steps i, i + 1
-
-        sum of  [(theta_i - theta_{i+1}) + |dL| g_i] / sqrt(dL^2 + ||theta_{i+1} - theta_i||^2),  dL = L_{i+1} - L_i,
-
-    with one norm over all tensors. The end of the last step has no loss, so that 100 steps make 99 segments.
-    """
-    total = {}
-    for one, two in itertools.pairwise(steps):
-        total = (segment or leap_segment)(total or {name: torch.zeros_like(g) for name, g in one.gradient.items()}, one, two)
-    return total
-
-
 @torch.no_grad()
 def leap_segment(total: Tensors, one: Step, two: Step) -> Tensors:
     """LEAP's sum after one more segment."""
@@ -666,6 +657,20 @@ def leap_segment(total: Tensors, one: Step, two: Step) -> Tensors:
     length = (rise ** 2 + sum((t ** 2).flatten(1).sum(1) for t in moved.values())).sqrt()
     per_task = lambda values, like: values.view(-1, *[1] * (like.dim() - 1))
     return {name: total[name] + (t + per_task(rise, t) * one.gradient[name]) / per_task(length, t) for name, t in moved.items()}
+
+
+def leap_direction(steps: Iterable[Step], segment: Callable[..., Tensors] = leap_segment) -> Tensors:
+    """LEAP (Flennerhag et al. 2019), length metric with stabiliser, {name: (T, *shape)}: over successive steps i, i + 1
+
+        sum of  [(theta_i - theta_{i+1}) + |dL| g_i] / sqrt(dL^2 + ||theta_{i+1} - theta_i||^2),  dL = L_{i+1} - L_i,
+
+    with one norm over all tensors. The end of the last step has no loss, so that 100 steps make 99 segments. `segment` is
+    `leap_segment`, or the same recorded.
+    """
+    total = {}
+    for one, two in itertools.pairwise(steps):
+        total = segment(total or {name: torch.zeros_like(g) for name, g in one.gradient.items()}, one, two)
+    return total
 
 
 def reptile_direction(steps: Iterable[Step]) -> Tensors:
@@ -739,7 +744,7 @@ def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets,
 
     `parts` are make_parts', which are costly to make anew when they are recorded.
     """
-    parts = parts or make_parts(learner, args, torch.device("cpu"))
+    parts = parts or launched_parts(learner, args)
     alphabets = choose_alphabets(len(split.names), args.meta_batch, rng)
     dtype = activation_type(args)
     batches = draw_batches(split.train, alphabets, args.inner_steps, args.batch, rng, args.imbalanced, dtype)

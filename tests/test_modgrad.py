@@ -171,6 +171,11 @@ def test_meta_sgd_equals_its_equation(steps, first_order):
     assert_close(ours, theirs, 1e-10)
 
 
+def test_t_net_without_a_layers_weight_is_refused():
+    with pytest.raises(ValueError, match="conv4.bias, norm4.weight hold no layer's weight"):
+        Transforms({"conv4.bias": (8,), "norm4.weight": (8,)})
+
+
 @pytest.mark.parametrize("steps, first_order", [(1, False), (3, False), (2, True)])
 def test_t_net_equals_its_definition(steps, first_order):
     """Linear maps right behind the adapted layers, which only the outer derivative changes; biases and batch norm too."""
