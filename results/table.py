@@ -164,6 +164,11 @@ def adapted_layers(config):
     return tuple(sorted({name.split(".")[0] for name in config["adapt"]}))
 
 
+def variant(method, layers):
+    """What tells a method's row from the comparison's one step on ModGrad's layers."""
+    return "" if layers == ("conv3", "conv4") else ", 2 steps" if method == "cavia" else f", {' and '.join(layers)} alone"
+
+
 def methods():
     """One row a method, set of layers and alpha, one column a number of shots and standard deviation of the gradient's noise."""
     cells = {}
@@ -176,7 +181,7 @@ def methods():
     titles = [f"{-shots}-shot{f', noise {noise:g}' * (noise > 0)}: ours, %" for shots, noise in columns]
     rows = [f"| method | alpha | {' | '.join(titles)} |", "| --- | --- |" + " --- |" * len(columns)]
     for (name, layers, rate), row in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
-        what = "" if layers == ("conv3", "conv4") else ", 2 steps" if name == "cavia" else f", {' and '.join(layers)} alone"
+        what = variant(name, layers)
         rows.append(f"| {name}{what} | {rate:g}{' at the start' * (name == 'metasgd')} | {' | '.join(row.get(x, '-') for x in columns)} |")
     return "\n".join(rows)
 
@@ -186,14 +191,14 @@ def seeds():
     cells = {}
     for folder, r in runs("ablations"):
         c = r["config"]
-        if (c["inner_steps"], c["rank"], c["shots"]) == (1, 5, 5):
+        if (c["inner_steps"], c["rank"], c["shots"]) == (2 if c["method"] == "cavia" else 1, 5, 5):
             cells.setdefault((c["method"], adapted_layers(c), c["inner_lr"], c["gradient_noise"]), {})[r["seed"]] = folder, r
     cells = {row: found for row, found in cells.items() if len(found) > 1}
     columns = sorted({seed for found in cells.values() for seed in found})
     rows = [f"| method | alpha | noise | {' | '.join(f'seed {seed}: ours, %' for seed in columns)} | mean, standard deviation over seeds |",
             "| --- | --- | --- |" + " --- |" * (len(columns) + 1)]
     for (name, layers, rate, noise), found in sorted(cells.items(), key=lambda cell: (cell[0][0] != "modgrad", cell[0])):
-        what = "" if layers == ("conv3", "conv4") else f", {' and '.join(layers)} alone"
+        what = variant(name, layers)
         numbers = [f"[{percent(found[seed][1])}](results/{found[seed][0].relative_to(HERE)})" if seed in found else "-"
                    for seed in columns]
         values = [100 * r["value"] for _, r in found.values()]
