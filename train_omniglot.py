@@ -651,7 +651,7 @@ def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, run
 
 @torch.no_grad()
 def leap_segment(total: Tensors, one: Step, two: Step) -> Tensors:
-    """LEAP's sum after one more segment."""
+    """LEAP's sum, {name: (T, *shape)}, after one more segment, from step `one` to step `two`."""
     moved = {name: one.theta[name] - two.theta[name] for name in one.theta}
     rise = (two.losses - one.losses).abs()                                                   # (T,)
     length = (rise ** 2 + sum((t ** 2).flatten(1).sum(1) for t in moved.values())).sqrt()
@@ -706,7 +706,10 @@ def window(learner: Learner, args: argparse.Namespace, start: Tensors, batches: 
 
 def window_gradients(learner: Learner, args: argparse.Namespace, start: Tensors,
                      batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensors, Sequence[Tensor]]:
-    """The gradient of each task's window with respect to its start, {name: (T, *shape)}, and of their mean to psi."""
+    """The gradient of each task's `window` with respect to its start, {name: (T, *shape)}, and that of their mean to psi.
+
+    batches: as in `window`, x (T, B, 1, S, S) and y (T, B) of each step and, last, of held-out images.
+    """
     start, psi = leaves(start), list(learner.generator.parameters())
     found = torch.autograd.grad(window(learner, args, start, batches).mean(), [*start.values(), *psi])
     return {name: g * len(batches[-1][1]) for name, g in zip(start, found)}, found[len(start):]      # of each task, not the mean
@@ -725,8 +728,8 @@ def modgrad_direction(learner: Learner, args: argparse.Namespace, steps: Iterabl
     def visited() -> Iterator[Step]:
         for k, step in enumerate(steps):
             if k in places:
-                window = [*(batches.take(i) for i in range(k, k + args.unroll)), held_out.take(places.index(k))]
-                to_start, to_psi = parts.window(step.theta, window)
+                taken = [*(batches.take(i) for i in range(k, k + args.unroll)), held_out.take(places.index(k))]
+                to_start, to_psi = parts.window(step.theta, taken)
                 for p, g in zip(learner.generator.parameters(), to_psi):
                     g = g / len(places)
                     p.grad = g if p.grad is None else p.grad + g

@@ -16,7 +16,8 @@ terms, which the forms add in different orders (roundings then walk at random).
 
 Bytes are those a perfectly fused form must move (`model_bytes`); GB/s is that number divided by the median
 time, and the share is against a plain copy of as many bytes, timed in the same run. On a GPU the L2 cache is
-flushed before every repetition. `T` counts tasks; theta is shared by all, as in the first inner step.
+flushed before every repetition. `T` counts tasks; theta is shared by all, as in the first inner step. A whole inner
+step has a linear layer where the network is, and its matrix products count in the time of every contender.
 """
 
 import argparse
@@ -45,7 +46,7 @@ SIZES = {                                # the tensors that ModGrad adapts in ea
     "wrn": [(1920, 1920), (1920, 1920)],                    # 640 x 640 x 3 x 3
     "wrn-natural": [(640, 5760)],
 }
-SAMPLES = 16
+SAMPLES = 16                             # of the linear layers that stand for a network in the inner step
 PASSES = ("forward", "backward", "double backward", "inner step")
 CONTENDERS = ("eager", "addcmul", "closed", "compile", "triton", "triton-single")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

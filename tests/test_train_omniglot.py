@@ -185,6 +185,13 @@ def test_modgrads_meta_step_trains_psi_and_theta(rule, float64):
     held_out = omni.draw_batches(split.held_out, chosen, 2, 20, rng, dtype=torch.float64)
     places = torch.randperm(3, generator=rng)[:2].tolist()            # 2 steps fit in at 0, 1 and 2 of 4
     steps = list(omni.trajectory(learner, args, batches, running(args, 2)))
+    psi, to_psi = list(learner.generator.parameters()), 0
+    for number, k in enumerate(places):
+        taken = [batches.take(k), batches.take(k + 1), held_out.take(number)]
+        loss = omni.window(learner, args, omni.leaves(steps[k].theta), taken).mean()
+        to_psi = to_psi + torch.cat([g.flatten() for g in torch.autograd.grad(loss, psi)]) / len(places)
+    found = torch.cat([p.grad.flatten() for p in psi])
+    assert (found - to_psi).norm() <= 1e-9 * to_psi.norm()                  # float64
     if rule == "leap":
         expected = omni.leap_direction(steps)["head.weight"].mean(0)
     else:
