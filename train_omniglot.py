@@ -120,7 +120,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--meta-batch", type=positive_int, help="tasks of one (default: multi-shot 20, few-shot 32)")
     train.add_argument("--meta-lr", type=positive_float, help="of theta: multi-shot SGD (default: modgrad, leap, "
                        "reptile 0.1, fomaml, maml 0.5), few-shot Adam (default 1e-3)")
-    train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (default: 1e-3, as in the paper)")
+    train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (default: 1e-3, the paper's on mini-ImageNet)")
     add_cuda_graph_flag(train)
     train.add_argument("--val-every", type=positive_int, help="meta-steps between validations (default: multi-shot 20, "
                        "few-shot 1000); the best weights are tested, those of the end where none was made")
