@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import stat
@@ -54,7 +55,7 @@ class DownloadError(UsageError):
 
 
 def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
-    """Call a script's main; UsageError becomes one line on stderr and status 2, Ctrl-C status 130.
+    """Call a script's main; UsageError, or that of a file, becomes one line on stderr and status 2, Ctrl-C status 130.
 
     `several_devices` tells that the script shares out its work when torchrun starts several processes.
     """
@@ -65,7 +66,9 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
         with first_rank_speaks():
             main()
             max_over_ranks(0)                                      # no rank leaves while another still reads from it
-    except UsageError as error:
+    except (UsageError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:      # not about a file that cannot be read or written
+            raise
         if store is None or store.add("errors", 1) == 1:           # of several ranks, the first to fail says why
             print(f"error: {error}", file=sys.stderr)
         leave(2)
@@ -119,6 +122,16 @@ def add_run_flags(parser: argparse.ArgumentParser, bf16: bool = False) -> None:
         text += ("; bf16 activations of convolutional networks (fast on CUDA and on CPUs with AVX512-BF16 or AMX). Weights and "
                  "updates stay float32")
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16")[: 2 + bf16], default="fp32", help=text)
+
+
+def parse_smoke(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+                smoke: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
+    """Parse; with --smoke, `smoke(flags)` are the defaults of flags that are not given."""
+    args = parser.parse_args(argv)
+    if args.smoke:
+        parser.set_defaults(**smoke(args))
+        args = parser.parse_args(argv)
+    return args
 
 
 def fill_in(args: argparse.Namespace, defaults: dict) -> None:
@@ -408,6 +421,7 @@ def first_of_machine() -> Iterator[None]:
 
 # --- run folder ------------------------------------------------------------------------------------------------------
 
+RUN_FILES = "config.json", "checkpoint.pt", "log.jsonl", "result.json"
 MAY_CHANGE = {"resume", "out", "max_minutes", "device", "threads", "test_split", "test_episodes", "test_images", "eval_batch",
               "download", "checkpoint_every", "kernel", "task_chunk", "compile", "cuda_graph", "data"}      # by a resumed run
 
@@ -422,9 +436,14 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
     """
     run = Path(out)
     checkpoint_file, config_file = run / "checkpoint.pt", run / "config.json"
-    if not resume and config_file.exists():
-        raise UsageError(f"{run} already holds a run: continue it with --resume, or choose another --out")
+    there = [name for name in RUN_FILES if (run / name).exists()]
+    if there and not resume:
+        raise UsageError(f"{run} already holds a run ({', '.join(there)}): continue it with --resume, or choose another --out")
     if not resume or not checkpoint_file.exists():
+        if "result.json" in there:
+            raise UsageError(f"{run} holds a finished run without its checkpoint.pt: put that back, or choose another --out")
+        if config_file.exists():
+            _check_same(_settings(config_file), json.loads(json.dumps(config)), run, may_change)
         if resume:
             print(f"nothing to resume in {run}: starting afresh", file=sys.stderr)
         try:
@@ -436,17 +455,12 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
         (run / "log.jsonl").write_bytes(b"")
         return run, None
     _remove_leftovers(run)
-    try:
-        before = json.loads(config_file.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{config_file} cannot be read ({error}), so that the run's settings are unknown: choose another --out, or "
-                         f"put the file back") from None
-    _check_same(before, json.loads(json.dumps(config)), run, may_change)
+    _check_same(_settings(config_file), json.loads(json.dumps(config)), run, may_change)
     try:
         checkpoint = torch.load(checkpoint_file, map_location="cpu", weights_only=True)
         offset = checkpoint["log_bytes"]
     except Exception as error:
-        raise UsageError(f"{checkpoint_file} cannot be read ({error}): remove it to start afresh") from None
+        raise UsageError(f"{checkpoint_file} cannot be read ({error!r}): it is damaged; choose another --out to start afresh") from None
     log_file = run / "log.jsonl"
     if not log_file.exists() or log_file.stat().st_size < offset:
         raise UsageError(f"{log_file} is missing or shorter than at the checkpoint: it was changed by something else; put it back")
@@ -455,8 +469,18 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
 
 
 def _remove_leftovers(run: Path) -> None:
-    for leftover in run.glob("*.tmp"):
-        leftover.unlink()
+    """What `save_atomically` left behind as it was killed."""
+    for leftover in run.glob("*.*.tmp"):
+        if re.fullmatch(r"(checkpoint\.pt|config\.json|result\.json|\w+\.png)\.\d+\.tmp", leftover.name):
+            leftover.unlink()
+
+
+def _settings(config_file: Path) -> dict:
+    try:
+        return json.loads(config_file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{config_file} cannot be read ({error}), so that the run's settings are unknown: choose another --out, or "
+                         f"put the file back") from None
 
 
 def _check_same(before: dict, now: dict, run: Path, may_change: Set[str]) -> None:

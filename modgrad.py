@@ -186,7 +186,8 @@ class Transforms(nn.Module):
     is while the layer is adapted. Every T starts as the identity, where T-Net is MAML.
 
     `shapes` as in `Generator`; layers are told by their "weight" of two dimensions or more. Called with the adapted tensors
-    {name: ([T,] *shape)} it returns those of the same network with each T inside its layer: T W and T b.
+    {name: ([T,] *shape)} it returns those of the same network with each T inside its layer: T W and T b (a bias that is not
+    adapted stays behind T).
 
     Raises ValueError if no weight of a layer is among the shapes.
     """
@@ -257,6 +258,8 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         raise ValueError("alpha with a tensor for each name must name what is adapted, and goes without a generator")
     for rate in rates.values():
         _check_steps(steps, tasks, rate)
+    if generator is not None and (absent := theta.keys() - generator.sizes.keys()):
+        raise ValueError(f"the generator was built without {', '.join(sorted(absent))}; it has {', '.join(generator.sizes)}")
     if noise_std < 0:
         raise ValueError(f"noise_std must be >= 0, got {noise_std}")
     graph = differentiable and not first_order
@@ -266,12 +269,12 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
             factors = generator.together()
         current = dict(theta) if given is None else {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
         before = dict(theta)      # current, but without a task dimension where all tasks start alike: a step then reads one theta
-        if refine:
-            if generator is None:
-                raise ValueError("refine is a variant of the context update: it needs a generator")
+        if refine and generator is None:
+            raise ValueError("refine is a variant of the context update: it needs a generator")
+        if refine and steps:
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
-            return _refined(loss_fn, before, gradient, generator, factors, alpha, steps, graph, kernel, normalise_context)
-        for _ in range(steps):
+            current = _refined(loss_fn, before, gradient, generator, factors, alpha, steps, graph, kernel, normalise_context)
+        for _ in range(0 if refine else steps):
             if not differentiable:
                 current, before = ({name: t.detach() for name, t in tensors.items()} for tensors in (current, before))
             gradient = _noisy(_gradient(loss_fn, current, graph), noise_std, rng)
@@ -338,8 +341,8 @@ def _gradient(loss_fn: Callable[[Tensors], Tensor], at: Tensors, graph: bool) ->
         return grads if graph else {name: g.detach() for name, g in grads.items()}
     at = {name: t if graph and t.requires_grad else t.detach().requires_grad_() for name, t in at.items()}
     losses = loss_fn(at)
-    if losses.dim() != 1:
-        raise ValueError(f"loss_fn must return one loss per task, shape (T,), got {tuple(losses.shape)}")
+    if losses.shape != (tasks := len(next(iter(at.values()))),):
+        raise ValueError(f"loss_fn must return one loss per task, shape ({tasks},), got {tuple(losses.shape)}")
     grads = torch.autograd.grad(losses.sum(), list(at.values()), create_graph=graph, allow_unused=True)
     unused = [name for name, g in zip(at, grads) if g is None]
     if unused:
@@ -564,32 +567,35 @@ def mlp(sizes: Sequence[int]) -> tuple[Tensors, Chain]:
 def from_module(module: nn.Module) -> tuple[Tensors, Chain]:
     """Make any `nn.Module` usable here without changing it: (theta, chain) over its own parameters.
 
-    The module must map one task's batch (N, ...) to (N, ...). An `nn.Sequential` is cut at its children, so that
-    what lies before the first adapted layer is computed once. Batch normalisation uses the statistics of each task's
-    batch, never running ones. Tasks are batched by torch.func.vmap. Buffers and the training mode are those at the time of the
-    call: of a module with dropout call `.eval()` before, for an adaptation without it.
+    The module must map one task's batch (N, ...) to (N, ...). A plain `nn.Sequential` is cut at its children, so that
+    what lies before the first adapted layer is computed once. A parameter that is in several places goes by the first of its
+    names. Batch normalisation uses the statistics of each task's batch, never running ones. Tasks are batched by
+    torch.func.vmap. Buffers and the training mode are those at the time of the call: of a module with dropout call `.eval()`
+    before, for an adaptation without it.
     """
     theta = dict(module.named_parameters())
     if not theta:
         raise ValueError(f"{type(module).__name__} has no parameters to adapt")
-    children = [(f"{name}.", child) for name, child in module.named_children()]
-    parts = children if isinstance(module, nn.Sequential) else [("", module)]
-    return theta, Chain([_module_stage(prefix, part) for prefix, part in parts])
+    names = {id(p): name for name, p in theta.items()}
+    plain = type(module) is nn.Sequential and not (module._forward_hooks or module._forward_pre_hooks)
+    parts = module if plain else [module]      # of a Sequential: its children, each as often as it is used
+    return theta, Chain([_module_stage(part, names) for part in parts])
 
 
-def _module_stage(prefix: str, module: nn.Module) -> Stage:
+def _module_stage(module: nn.Module, names: Mapping[int, str]) -> Stage:
     frozen = torch.func.replace_all_batch_norm_modules_(copy.deepcopy(module))
-    shapes = {name: p.shape for name, p in module.named_parameters()}
+    reads = {name: names[id(p)] for name, p in module.named_parameters()}
+    shared = {name: p.dim() for name, p in module.named_parameters()}
 
     def apply(theta, x, support):
         if support is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in frozen.modules()):
             raise ValueError("statistics from the support set only are not available for a module's own batch norm")
-        own = {name: theta[prefix + name] for name in shapes}
-        dims = {name: 0 if t.dim() > len(shapes[name]) else None for name, t in own.items()}
+        own = {name: theta[read] for name, read in reads.items()}
+        dims = {name: 0 if t.dim() > shared[name] else None for name, t in own.items()}
         call = lambda params, sample: torch.func.functional_call(frozen, params, (sample,))
         return torch.vmap(call, in_dims=(dims, 0), randomness="different")(own, x)
 
-    return Stage(tuple(prefix + name for name in shapes), apply)
+    return Stage(tuple(reads.values()), apply)
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Tensors:

@@ -11,7 +11,6 @@ of the context.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, check_finite, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
-                    load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int,
+                    load_weights, mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float, positive_int,
                     progress, replays, run_main, save_atomically, setup, takes_cuda_graph, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
@@ -118,17 +117,21 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     use.add_argument("--figure", nargs="+", metavar="RUN", help="draw test images completed by these runs")
     use.add_argument("--complete", metavar="IMAGE", help="complete an image of your own with the run in --checkpoint")
     use.add_argument("--checkpoint", metavar="RUN", help="run folder for --complete")
-    use.add_argument("--picture", default="completions.png", help="file that --figure and --complete write")
+    use.add_argument("--picture", default="completions.png", help="file that --figure and --complete write (.png, .pdf, .svg)")
     use.add_argument("--benchmark", action="store_true",
                      help="time meta-training against a loop over tasks, train nothing (needs the tests folder)")
     add_run_flags(parser)
-    return complete(parser.parse_args(argv))
+    return complete(parse_smoke(parser, argv, lambda given: SMOKE))
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
-    if args.method == "cnp" and (args.adapt or args.inner_steps or args.inner_lr):
-        raise UsageError("cnp has no inner loop: leave out --adapt, --inner-steps and --inner-lr")
+    for flag in ("adapt", "inner_steps", "inner_lr", "gradient_noise", "first_order"):
+        if args.method == "cnp" and getattr(args, flag):
+            raise UsageError(f"cnp has no inner loop: leave out --{flag.replace('_', '-')}")
+    if args.adapt and args.method in ("cavia", "maml") and (args.method == "cavia") != (args.adapt == ["context"]):
+        raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia adapts its context and nothing else, maml "
+                         "adapts layers")
     fill_in(args, DEFAULTS[args.method])
     for flag in ("refine", "normalise_context"):
         if getattr(args, flag) and args.method != "modgrad":
@@ -138,11 +141,12 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but an image has {PIXELS} pixels")
     if bool(args.complete) != bool(args.checkpoint):
         raise UsageError("--complete IMAGE and --checkpoint RUN go together")
+    if not args.picture.endswith((".png", ".pdf", ".svg")):
+        raise UsageError(f"--picture {args.picture}: give it a name that ends in .png, .pdf or .svg")
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
-        vars(args).update(SMOKE)
-    args.out = args.out or f"runs/celeba/{args.order}{args.pixels}-{args.method}-seed{args.seed}"
+    args.out = args.out or f"runs/celeba/{args.order}{args.pixels}-{args.method}-seed{args.seed}{'-smoke' * args.smoke}"
     return args
 
 
@@ -171,23 +175,19 @@ def load_splits(root: str | Path) -> dict[str, np.ndarray]:
     files, splits = list_images(home), {}
     for split in SPLITS:
         if not files[split]:
-            raise DataError(f"{home}: the {split} split has no image; {', '.join(SPLITS)} are needed")
+            raise DataError(f"{home}: the {split} split of {PARTITION if (home / PARTITION).exists() else 'the official ranges'} has no "
+                            f"image; {', '.join(SPLITS)} are needed")
         build = lambda: decode(files[split], split)
         splits[split] = cached_array(home / "cache", f"{split}-{SIDE}", fingerprint_files(files[split]), build)
     return splits
 
 
 def list_images(home: Path) -> dict[str, list[Path]]:
-    """Read list_eval_partition.txt, or write it from the official ranges: {split: sorted paths}."""
+    """By list_eval_partition.txt, or without it by the official ranges: {split: sorted paths}."""
     folder, partition = home / "img_align_celeba", home / PARTITION
     folder = folder / folder.name if (folder / folder.name).is_dir() else folder         # as some archives unpack
     present = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".jpg")}
-    if not partition.exists():
-        text = official_partition(present, folder)
-        with contextlib.suppress(OSError):                  # where the folder may only be read, the text is enough
-            save_atomically(partition, lambda file: file.write(text))
-    else:
-        text = partition.read_bytes()
+    text = partition.read_bytes() if partition.exists() else official_partition(present, folder)
     files = {split: [] for split in SPLITS}
     for number, line in enumerate(text.decode("utf-8", errors="replace").splitlines(), start=1):
         if not (match := re.fullmatch(r"(\d{6}\.jpg)\s+([012])\s*", line)):
@@ -517,7 +517,7 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
     task_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     gradient = make_gradient(learner, args, device)
-    now = {"iteration": 0, "seconds": 0.0, "best_mse": math.inf, "best_iteration": 0, "best": None, "pending": [],
+    now = {"iteration": 0, "seconds": 0.0, "best_mse": None, "best_iteration": None, "best": None, "pending": [],
            "skipped": 0, "diverged": 0, "stopped": None}           # diverged: validations in a row
     kept = {"optimiser": optimiser, "task_rng": task_rng}
     if args.gradient_noise:      # on its device: only without noise can a run be resumed on another kind of device
@@ -535,13 +535,11 @@ def meta_train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint
                                  "iterations: a smaller --inner-lr or --meta-lr usually helps")
             if training.due(args.log_every) and now["pending"]:
                 _, mse = training.log("loss", "mse")
-                training.bar.set_postfix(mse=f"{mse:.4f}", val=f"{now['best_mse']:.4f}")
+                training.bar.set_postfix(mse=f"{mse:.4f}", val=f"{now['best_mse'] or math.nan:.4f}")
             if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], now)
             if training.due(args.checkpoint_every, args.val_every):
                 training.save()
-        if now["stopped"] == "time" and now["best"] is None:
-            validate(learner, args, run, splits["val"], now)
     return now
 
 
@@ -567,7 +565,7 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tens
     now["diverged"] = 0
     mse, ci95 = mean_ci95(errors)
     append_log(run, {"iteration": now["iteration"], "val_mse": mse, "val_ci95": ci95})
-    if mse < now["best_mse"]:
+    if now["best"] is None or mse < now["best_mse"]:
         now.update(best_mse=mse, best_iteration=now["iteration"], best=learner.state())
 
 
@@ -600,13 +598,15 @@ def load_run(run: str | Path, device: torch.device) -> tuple[argparse.Namespace,
     """The settings of a finished or running run and its learner with the weights of the best validation."""
     try:
         recorded = json.loads((Path(run) / "config.json").read_text())
+        if recorded["method"] not in DEFAULTS:
+            raise LookupError(f"no method {recorded['method']}")
         defaults = vars(parse_flags(["--method", recorded["method"]]))         # of flags that are younger than the run
         args = argparse.Namespace(**{**defaults, **recorded})
         checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
         learner = build_learner(args, device)
         learner.load(checkpoint["now"]["best"] or checkpoint["weights"])
-    except (OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise UsageError(f"{run} holds no run of train_celeba.py: {error}") from None
+    except Exception as error:      # whatever a damaged file, or another script's, leads to
+        raise UsageError(f"{run} holds no run of train_celeba.py that can be read: {error!r}") from None
     return args, learner
 
 
@@ -624,7 +624,7 @@ def to_picture(completed: Tensor) -> np.ndarray:
 
 
 def draw_grid(path: str | Path, rows: list[tuple[str, np.ndarray]], title: str = "") -> None:
-    """Write a PNG with one labelled row of images (uint8 (T, 32, 32, 3)) after the other."""
+    """Write a picture with one labelled row of images (uint8 (T, 32, 32, 3)) after the other."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -639,7 +639,7 @@ def draw_grid(path: str | Path, rows: list[tuple[str, np.ndarray]], title: str =
             ax.spines[:].set_visible(False)
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=9)
-    save_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
     plt.close(figure)
 
 

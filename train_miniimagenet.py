@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from common import (Aside, DataError, DownloadError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags,
                     append_log, cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
                     first_of_machine, from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run,
-                    plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays, run_main, setup,
-                    subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, write_result)
+                    parse_smoke, plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays,
+                    run_main, setup, subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LearnedRates, Transforms, adapt, conv4, resnet34, wide_resnet28
 
@@ -53,7 +53,7 @@ DEFAULTS = {                    # what differs between the methods
     "modgrad": {"inner_steps": 1, "inner_lr": 0.1},
     "maml": {"inner_steps": 5, "inner_lr": 0.01},
     "metasgd": {"inner_steps": 1, "inner_lr": 0.05},
-    "tnet": {"inner_steps": 1, "inner_lr": 0.4},
+    "tnet": {"inner_steps": 1, "inner_lr": 2.0},         # its code's 0.4, of a loss that sums over 5 classes and not their mean
     "cavia": {"inner_steps": 2, "inner_lr": 1.0, "adapt": ["context"], "context_dim": 100},
     "pretrain": {"adapt": [], "updates": 60_000, "batch_size": 64, "meta_lr": 0.1},
 }
@@ -105,7 +105,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         "does not fit; or from a file of named tensors (not ImageNet's: it holds the test classes)")
     method.add_argument("--freeze-prefix", action="store_true", help="keep what lies before the first adapted tensor as it starts")
     method.add_argument("--inner-steps", type=positive_int, help="K (default: modgrad, metasgd and tnet 1, cavia 2, maml 5)")
-    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01, tnet 0.4, cavia 1), "
+    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: modgrad 0.1, maml 0.01, tnet 2, cavia 1), "
                         "metasgd's at the start (0.05, the middle of its authors' range)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner loop changes (default: "
                         "modgrad the last two convolutions, cavia the context, others Conv-4's convolutions and head, or all of "
@@ -153,7 +153,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--eval-batch", type=positive_int, default=5, help="tasks evaluated at once")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
     add_run_flags(parser, bf16=True)
-    return complete(parser.parse_args(argv))
+    pretrain = {"episodes": None, "updates": 24, "batch_size": 16}
+    return complete(parse_smoke(parser, argv, lambda given: SMOKE | (pretrain if given.method == "pretrain" else {})))
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -163,12 +164,16 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     for flag in ("updates", "batch_size"):
         if getattr(args, flag) and not pretraining:
             raise UsageError(f"--{flag.replace('_', '-')} is for --method pretrain; meta-training has --episodes and --meta-batch")
-    if pretraining and (given := [f"--{flag}" for flag in ("adapt", "episodes", "compile") if getattr(args, flag)]):
-        raise UsageError(f"{given[0]} is for meta-training, not for --method pretrain")
+    for flag in ("adapt", "episodes", "compile", "gradient_noise", "inner_lr", "inner_steps"):
+        if pretraining and getattr(args, flag):
+            raise UsageError(f"--{flag.replace('_', '-')} is for meta-training, not for --method pretrain")
     if args.freeze_prefix and not args.start_from:
         raise UsageError("--freeze-prefix keeps weights as they start: give it trained ones with --start-from")
     if args.method == "cavia" and args.backbone != "conv4":
         raise UsageError(f"--method cavia is for --backbone conv4: where its context would enter {args.backbone} is not settled")
+    if args.adapt and (args.method == "cavia") != (args.adapt == ["context"]):
+        raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia adapts its context and nothing else, the "
+                         "other methods adapt layers")
     fill_in(args, {"meta_lr": 1e-3, "context_dim": 300} | DEFAULTS[args.method])
     fill_in(args, backbone.defaults)
     if pretraining:
@@ -186,8 +191,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")
-        vars(args).update(SMOKE | ({"episodes": None, "updates": 24, "batch_size": 16} if pretraining else {}))
-    args.out = args.out or f"runs/miniimagenet/{args.method}-{args.backbone}-{args.shots}shot-seed{args.seed}"
+    args.out = args.out or f"runs/miniimagenet/{args.method}-{args.backbone}-{args.shots}shot-seed{args.seed}{'-smoke' * args.smoke}"
     return args
 
 
@@ -934,7 +938,7 @@ def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dic
     episode_rng = torch.Generator().manual_seed(args.seed)
     noise_rng = torch.Generator(device).manual_seed(args.seed)
     gradient = make_gradient(learner, args, device)
-    now = {unit: 0, "seconds": 0.0, "best_accuracy": -1.0, f"best_{unit}": 0, "best": None, "pending": [], "stopped": None}
+    now = {unit: 0, "seconds": 0.0, "best_accuracy": None, f"best_{unit}": None, "best": None, "pending": [], "stopped": None}
     kept = {"optimiser": optimiser, "episode_rng": episode_rng}
     if args.gradient_noise:      # on its device: only without noise can a run be resumed on another kind of device
         kept["noise_rng"] = noise_rng
@@ -952,14 +956,11 @@ def train(learner: Learner, args: argparse.Namespace, run: Path, checkpoint: dic
             training.advance(losses)
             if training.due(args.log_every):
                 loss, accuracy = training.log("loss", "accuracy")
-                best = max(now["best_accuracy"], 0)
-                training.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{best:.1%}")
+                training.bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.1%}", val=f"{now['best_accuracy'] or 0:.1%}")
             if training.due(args.val_every):
                 validate(learner, args, run, splits["val"], unit, now)
             if training.due(args.checkpoint_every, args.val_every):
                 training.save()
-        if now["stopped"] == "time" and now["best"] is None:
-            validate(learner, args, run, splits["val"], unit, now)
     return now
 
 
@@ -967,7 +968,7 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, images: Tens
     """Measure validation accuracy and keep the weights if they are the best so far."""
     accuracy, ci95 = mean_ci95(evaluate(learner, args, images, args.val_episodes, "validation"))
     append_log(run, {unit: now[unit], "val_accuracy": accuracy, "val_ci95": ci95})
-    if accuracy > now["best_accuracy"]:
+    if now["best"] is None or accuracy > now["best_accuracy"]:
         now.update({"best_accuracy": accuracy, f"best_{unit}": now[unit], "best": learner.state()})
 
 

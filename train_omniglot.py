@@ -34,14 +34,15 @@ from torch import Tensor, nn
 
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights,
-                    mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, random_order,
-                    replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, write_result)
+                    mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float, positive_int, progress,
+                    random_order, replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 EVALUATION_SEED = 20200823      # of validation and test tasks: the same for every run, so that results compare
+DRAWN = 10                      # few-shot evaluation tasks drawn at once, whatever --eval-batch is: else it would choose them
 SIDE = 28                       # pixels per side, in every protocol on Omniglot
 BLOCKS = range(1, 5)            # of the network
 METHODS = ("modgrad", "leap", "reptile", "fomaml", "maml")
@@ -136,29 +137,37 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--test-episodes", type=positive_int, default=600,
                       help="few-shot: test tasks (multi-shot: all 10 test alphabets)")
     test.add_argument("--test-split", choices=("test", "val"), default="test", help="classes of the final evaluation")
-    test.add_argument("--eval-batch", type=positive_int, default=10, help="tasks evaluated at once; another number draws other few-shot tasks")
+    test.add_argument("--eval-batch", type=positive_int, default=10, help="tasks evaluated at once")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
 
     use = parser.add_argument_group("without training")
     use.add_argument("--figure", nargs="+", metavar="RUN", help="draw Fig. 5 from these finished multi-shot runs")
-    use.add_argument("--picture", default="figure5.png", help="file that --figure writes")
+    use.add_argument("--picture", default="figure5.png", help="file that --figure writes (.png, .pdf, .svg)")
     use.add_argument("--benchmark", action="store_true", help="time meta-steps against a loop over tasks and images")
     add_run_flags(parser, bf16=True)
-    return complete(parser.parse_args(argv))
+    return complete(parse_smoke(parser, argv, lambda given: SMOKE))
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on protocol, method or --smoke, and refuse combinations that mean nothing."""
     if args.protocol == "few-shot" and args.method not in ("modgrad", "maml"):
         raise UsageError(f"--protocol few-shot has the methods modgrad and maml, not {args.method}")
+    if not args.picture.endswith((".png", ".pdf", ".svg")):
+        raise UsageError(f"--picture {args.picture}: give it a name that ends in .png, .pdf or .svg")
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the synthetic alphabets: leave out --data and --download")
-        vars(args).update(SMOKE)
-    fill_in(args, {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]})
     multi_shot = args.protocol == "multi-shot"
+    if multi_shot and args.gradient_noise:
+        raise UsageError("--gradient-noise is for --protocol few-shot")
+    if multi_shot and args.adapt and args.method != "modgrad":
+        raise UsageError(f"--adapt tells in the multi-shot protocol whose gradient modgrad modulates; with {args.method} all weights move")
+    if args.imbalanced and not multi_shot or args.benchmark and not multi_shot:
+        raise UsageError(f"--{'imbalanced' if args.imbalanced else 'benchmark'} is for --protocol multi-shot")
+    defaults = {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]}
     if args.smoke and multi_shot:
-        args.inner_steps, args.test_steps = min(args.inner_steps, 10), 20
+        defaults |= {"inner_steps": min(defaults["inner_steps"], 10), "test_steps": 20}
+    fill_in(args, defaults)
     args.test_steps = args.test_steps or (100 if multi_shot else args.inner_steps)
     if multi_shot and args.ways != CHARACTERS:
         raise UsageError(f"--ways is {args.ways}, but a multi-shot task has {CHARACTERS} characters")
@@ -167,7 +176,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     if multi_shot and args.method == "modgrad" and args.inner_steps < args.unroll + args.windows - 1:
         raise UsageError(f"{args.windows} windows of {args.unroll} step(s) do not fit into {args.inner_steps} steps")
     kind = f"{args.ways}way-{args.shots}shot-" if not multi_shot else ""
-    args.out = args.out or f"runs/omniglot/{args.protocol}-{kind}{args.method}-seed{args.seed}"
+    args.out = args.out or f"runs/omniglot/{args.protocol}-{kind}{args.method}-seed{args.seed}{'-smoke' * args.smoke}"
     return args
 
 
@@ -374,6 +383,10 @@ class Batches(NamedTuple):
     labels: Tensor          # (K, T, B)
     moves: Tensor           # (K, T, B, 2, 3), see `draw_moves`
     dtype: torch.dtype      # of the images that are given out
+
+    def of(self, tasks: Tensor) -> Batches:
+        """Those of some of the tasks only."""
+        return self._replace(rows=self.rows[:, tasks], labels=self.labels[:, tasks], moves=self.moves[:, tasks])
 
     def take(self, k: int) -> tuple[Tensor, Tensor]:
         """Mini-batch k: images (T, B, 1, S, S), labels (T, B)."""
@@ -860,46 +873,47 @@ def validate(learner: Learner, args: argparse.Namespace, run: Path, split, now: 
 
 def evaluate(learner: Learner, args: argparse.Namespace, split, episodes: int, what: str,
              part: Parts | Callable | None = None) -> tuple[list[float], dict]:
-    """Accuracy of each task, and the multi-shot protocol's curves; the same tasks for every method.
+    """Accuracy of each task, and the multi-shot protocol's curves; the same tasks for every method and `--eval-batch`.
 
     few-shot: `episodes` tasks; multi-shot: every alphabet of the split once, with `part`, make_parts', where it is given.
     """
     rng = torch.Generator().manual_seed(EVALUATION_SEED)
-    few_shot = args.protocol == "few-shot"
-    total = episodes if few_shot else len(split.names)
-    accuracies, curves = [], []
-    with progress(total, 0, what) as bar:
-        while len(accuracies) < total:
-            tasks = min(args.eval_batch, total - len(accuracies))
-            if few_shot:
-                accuracies += evaluate_episodes(learner, args, split, tasks, rng)
-            else:
-                alphabets = torch.arange(len(accuracies), len(accuracies) + tasks)
-                curves.append(evaluate_alphabets(learner, args, split, alphabets, rng, part.take_step if part else None))
-                accuracies += curves[-1]["accuracy"][-1]
-            bar.update(tasks)
-    return accuracies, {} if few_shot else join_curves(curves, args.test_steps)
+    if args.protocol == "few-shot":
+        return evaluate_episodes(learner, args, split, episodes, rng, what), {}
+    alphabets, dtype = torch.arange(len(split.names)), activation_type(args)
+    batches = draw_batches(split.train, alphabets, args.test_steps, args.batch, rng, args.imbalanced, dtype)
+    held_out = draw_batches(split.held_out, alphabets, 1, split.held_out.shape[1], rng, dtype=dtype)
+    curves = []
+    with progress(len(alphabets), 0, what) as bar:
+        for some in alphabets.split(args.eval_batch):
+            curves.append(evaluate_alphabets(learner, args, batches.of(some), held_out.of(some), part.take_step if part else None))
+            bar.update(len(some))
+    return sum((curve["accuracy"][-1] for curve in curves), []), join_curves(curves, args.test_steps)
 
 
-def evaluate_episodes(learner: Learner, args: argparse.Namespace, classes: Tensor, tasks: int,
-                      rng: torch.Generator) -> list[float]:
-    support_x, support_y, query_x, query_y = sample_episodes(classes, tasks, args, rng)
+def evaluate_episodes(learner: Learner, args: argparse.Namespace, classes: Tensor, episodes: int, rng: torch.Generator,
+                      what: str) -> list[float]:
     noise_rng = torch.Generator(classes.device).manual_seed(EVALUATION_SEED)
-    logits = adapt_and_predict(learner, args, support_x, support_y, query_x, noise_rng, train=False)
-    return accuracy(logits, query_y).tolist()
+    accuracies = []
+    with progress(episodes, 0, what) as bar:
+        for group in torch.arange(episodes).split(DRAWN * math.ceil(args.eval_batch / DRAWN)):
+            drawn = [sample_episodes(classes, len(part), args, rng) for part in group.split(DRAWN)]
+            for support_x, support_y, query_x, query_y in zip(*(torch.cat(same).split(args.eval_batch) for same in zip(*drawn))):
+                logits = adapt_and_predict(learner, args, support_x, support_y, query_x, noise_rng, train=False)
+                accuracies += accuracy(logits, query_y).tolist()
+                bar.update(len(logits))
+    return accuracies
 
 
-def evaluate_alphabets(learner: Learner, args: argparse.Namespace, split: Alphabets, alphabets: Tensor,
-                       rng: torch.Generator, take_step: Callable[..., Step] | None = None) -> dict[str, list[list[float]]]:
+def evaluate_alphabets(learner: Learner, args: argparse.Namespace, batches: Batches, held_out: Batches,
+                       take_step: Callable[..., Step] | None = None) -> dict[str, list[list[float]]]:
     """Adapt to each alphabet: {"loss": per step, "accuracy": per 10 steps, on all held-out images}, lists of T values.
 
     The running statistics of batch norm, not those of the held-out images, normalise the latter; as they start at mean
     0 and variance 1, accuracy stays near chance for the first 40 steps or so.
     """
-    dtype = activation_type(args)
-    batches = draw_batches(split.train, alphabets, args.test_steps, args.batch, rng, args.imbalanced, dtype)
-    held_x, held_y = draw_batches(split.held_out, alphabets, 1, split.held_out.shape[1], rng, dtype=dtype).take(0)
-    running = fresh_statistics(len(alphabets), args, split.train.device)
+    held_x, held_y = held_out.take(0)
+    running = fresh_statistics(len(held_y), args, held_y.device)
     losses, accuracies = [], []
     for taken, step in enumerate(trajectory(learner, args, batches, running, take_step), start=1):
         losses.append(step.losses)
@@ -929,8 +943,10 @@ def draw_figure(args: argparse.Namespace) -> None:
     for run in args.figure:
         try:
             result = json.loads((Path(run) / "result.json").read_text())
-            curves.setdefault(result["config"]["method"], []).append(result["curves"])
-            config = result["config"]
+            config, own = result["config"], curves.setdefault(result["config"]["method"], [])
+            own.append({key: result["curves"][key] for key in ("loss", "accuracy", "accuracy_steps")})
+            if len(own[0]["loss"]) != len(own[-1]["loss"]):
+                raise UsageError(f"{run} was tested with other --test-steps than the run of {config['method']} before it")
             notes.add(f"{'SYNTHETIC ' if result['synthetic'] else ''}{result['split']} alphabets; {config['channels']} "
                       f"filters, {result['meta_steps']} meta-steps of {config['meta_batch']} tasks, "
                       f"{config['inner_steps']} steps each")
@@ -962,7 +978,7 @@ def plot_bands(path: str | Path, curves: dict[str, list[dict]], note: str) -> No
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(note, fontsize=9)
     figure.tight_layout()
-    save_atomically(path, lambda file: figure.savefig(file, format="png"))
+    save_atomically(path, lambda file: figure.savefig(file, format=Path(path).suffix[1:]))
     plt.close(figure)
 
 

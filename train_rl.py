@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import (HelpFormatter, Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in,
-                    load_weights, mean_ci95, non_negative_float, open_run, plot_log, positive_float, positive_int, progress, run_main,
-                    save_atomically, setup, write_result)
+                    load_weights, mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float, positive_int,
+                    progress, run_main, save_atomically, setup, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
 
@@ -117,7 +117,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                       help="only measure environment steps per second, beside gymnasium's vector environment")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run in under a minute")
     add_run_flags(parser)
-    return complete(parser.parse_args(argv))
+    return complete(parse_smoke(parser, argv, lambda given: SMOKE))
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -144,10 +144,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--render films a cheetah into a file that ends in .gif or .mp4; navigation draws trajectories.png")
     if args.render and args.render.endswith(".mp4") and not importlib.util.find_spec("imageio_ffmpeg"):
         raise UsageError("--render needs imageio-ffmpeg for .mp4: pip install imageio-ffmpeg, or name a .gif")
-    if args.smoke:
-        vars(args).update(SMOKE)
     args.test_rollouts = args.test_rollouts or args.rollouts
-    args.out = args.out or f"runs/rl/{args.env}-{args.method}-seed{args.seed}"
+    args.out = args.out or f"runs/rl/{args.env}-{args.method}-seed{args.seed}{'-smoke' * args.smoke}"
     return args
 
 
@@ -646,7 +644,7 @@ def evaluate(learner: Learner, env, args: argparse.Namespace, run: Path) -> tupl
 
 
 def end_points(goals: Tensor, rollouts: Rollouts) -> dict[str, float]:
-    """Navigation: direction and distance of where each task's roll-outs end, their mean position, beside the goal's.
+    """Navigation: direction and distance of where each task's roll-outs make their last move, on average, beside the goal's.
 
     A policy-gradient step from roll-outs near the origin can learn the direction of the goal but hardly its distance; the
     correlation of the two radii over the tasks tells how much of the distance it learned."""
@@ -660,7 +658,7 @@ def end_points(goals: Tensor, rollouts: Rollouts) -> dict[str, float]:
 
 
 def draw_trajectories(path: Path, goals: Tensor, stages: list[Rollouts], title: str, count: int = 4) -> None:
-    """trajectories.png: the first tasks' paths before (grey) and after one update (blue), the goal as a star."""
+    """trajectories.png: the first tasks' paths, but for the last move, before (grey) and after one update (blue); a star: the goal."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

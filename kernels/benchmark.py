@@ -338,6 +338,8 @@ def cpu_name() -> str:
 def select_device(name: str) -> torch.device:
     """The device to measure; a GPU becomes the current one, as the timer's events are recorded there."""
     device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SystemExit(f"error: --device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     return device

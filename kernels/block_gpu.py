@@ -30,7 +30,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from kernels.layers import _used_now
-from kernels.modulate import triton
+from kernels.modulate import launch, triton
 
 if triton is not None:
     import triton.language as tl
@@ -352,9 +352,9 @@ def _conv(x, packed, out: int, size: int, flip: bool, stats: bool):
     y, filters = x.new_empty(tasks, count, height, width, out), tile_of(out, FILTERS)
     programs = triton.cdiv(count * height * width, ROWS)
     partial = torch.empty(tasks, programs, 2, out, device=x.device) if stats else x.new_empty(0)
-    _conv_kernel[programs, tasks, triton.cdiv(out, filters)](
-        x, packed, y, partial, count, C=channels, OUT=out, H=height, W=width, SIZE=size, FLIP=flip, SHARED=len(packed) == 1,
-        STATS=stats, ROWS=ROWS, DEPTH=DEPTH, FILTERS=filters, num_warps=4, num_stages=3, **precision(x))
+    launch(_conv_kernel, (programs, tasks, triton.cdiv(out, filters)), x, x, packed, y, partial, count, C=channels, OUT=out,
+           H=height, W=width, SIZE=size, FLIP=flip, SHARED=len(packed) == 1, STATS=stats, ROWS=ROWS, DEPTH=DEPTH, FILTERS=filters,
+           num_stages=3, **precision(x))
     return y, partial
 
 
@@ -382,9 +382,8 @@ def weight_gradient(G, x, size: int, shared: bool):
     programs, filters = triton.cdiv(pixels, split), tile_of(max(channels, out), FILTERS)
     partial = torch.empty(programs, tasks, size, size, out, channels, device=x.device)
     blocks = triton.cdiv(channels, filters) * triton.cdiv(out, filters)
-    _weight_gradient_kernel[programs, tasks * size * size, blocks](
-        x, G, partial, count, C=channels, OUT=out, H=height, W=width, SIZE=size, SPLIT=split, DEPTH=DEPTH, FILTERS=filters,
-        num_warps=4, num_stages=3, **precision(x, over_pixels=True))
+    launch(_weight_gradient_kernel, (programs, tasks * size * size, blocks), x, x, G, partial, count, C=channels, OUT=out,
+           H=height, W=width, SIZE=size, SPLIT=split, DEPTH=DEPTH, FILTERS=filters, num_stages=3, **precision(x, over_pixels=True))
     return partial.sum((0, 1) if shared else 0).movedim((-4, -3), (-2, -1))
 
 
@@ -392,8 +391,8 @@ def _total(partial, numbers: int = 1, eps: float = 0.0, stats: bool = False):
     """(T, programs, SUMS, C) -> the sums, (T, SUMS, C), or mean and r."""
     tasks, programs, sums, channels = partial.shape
     totals, parts = torch.empty(tasks, sums, channels, device=partial.device), min(256, triton.next_power_of_2(programs))
-    _total_kernel[tasks, triton.cdiv(channels, 16)](partial, totals, programs, float(numbers), eps, C=channels, SUMS=sums, STATS=stats,
-                                                    ROUNDS=triton.cdiv(programs, parts), PARTS=parts, CHANNELS=16)
+    launch(_total_kernel, (tasks, triton.cdiv(channels, 16)), partial, partial, totals, programs, float(numbers), eps, C=channels,
+           SUMS=sums, STATS=stats, ROUNDS=triton.cdiv(programs, parts), PARTS=parts, CHANNELS=16)
     return totals
 
 
@@ -404,8 +403,8 @@ def _launch(kernel, rows: int, x, *tensors, sums: int = 0, **sizes):
     programs = triton.cdiv(rows, PIXELS)
     partial = torch.empty(tasks, programs, sums, channels, device=x.device) if sums else None
     sizes = sizes or {"H": height, "W": width}
-    kernel[programs, tasks, triton.cdiv(channels, tile)](*tensors, *[partial] * (sums > 0), count, C=channels, PIXELS=PIXELS,
-                                                         CHANNELS=tile, num_warps=4, **sizes)
+    launch(kernel, (programs, tasks, triton.cdiv(channels, tile)), x, *tensors, *[partial] * (sums > 0), count, C=channels,
+           PIXELS=PIXELS, CHANNELS=tile, **sizes)
     return _total(partial) if sums else None
 
 

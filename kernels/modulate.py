@@ -431,9 +431,13 @@ def _launch(kernel, programs: int, tensor: torch.Tensor, *arguments) -> None:
     if programs >= 2 ** 31:
         raise ValueError(f"the tiles of all {tensor.shape[0]} tasks exceed the 2**31 - 1 programs of one launch: "
                          f"pass fewer tasks at a time")
-    on_device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-    with on_device:                      # Triton launches on the current device, not on the tensors' one
-        kernel[(programs,)](*arguments, **LAUNCH_OPTIONS)
+    launch(kernel, (programs,), tensor, *arguments)
+
+
+def launch(kernel, grid: tuple, tensor: torch.Tensor, *arguments, **options) -> None:
+    """Start a Triton kernel on the device of `tensor`; Triton by itself takes the current one."""
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        kernel[grid](*arguments, **LAUNCH_OPTIONS | options)
 
 
 def _launch_forward(sign: int, thetas, grads, rows, cols) -> tuple:

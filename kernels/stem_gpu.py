@@ -15,7 +15,7 @@ leaves float32's accuracy. Sums are made in two stages without atomics, so that 
 import torch
 
 from kernels.block_gpu import precision, tile_of
-from kernels.modulate import triton
+from kernels.modulate import launch, triton
 
 if triton is not None:
     import triton.language as tl
@@ -160,7 +160,8 @@ def moments(images, k: int):
     sizes, tasks = _sizes(images, k), len(images)
     programs = _programs(sizes["N"] * triton.cdiv(sizes["H"] * sizes["W"], PIXELS))
     partial = torch.empty(tasks, programs, sizes["KP"], sizes["KP"], device=images.device)
-    _moments_kernel[programs, tasks](images, partial, TILES=TILES, **sizes | {"PRECISION": "tf32x3"})        # whatever the flags
+    # Whatever the flags, in three products of TF32.
+    launch(_moments_kernel, (programs, tasks), images, images, partial, TILES=TILES, **sizes | {"PRECISION": "tf32x3"})
     numbers = sizes["C"] * k * k + 1
     return partial.sum(1, dtype=torch.float64)[:, :numbers, :numbers]
 
@@ -187,8 +188,8 @@ def gradients(images, D, y, winners, k: int):
     programs = _programs(sizes["N"] * triton.cdiv(y.shape[2] * y.shape[3], PIXELS))
     partial = torch.empty(tasks, programs, out, sizes["KP"], device=images.device)
     filters = tile_of(out, FILTERS)
-    _gradients_kernel[programs, tasks, triton.cdiv(out, filters)](images, D.contiguous(), y, winners, partial, OUT=out,
-                                                                  FILTERS=filters, TILES=TILES, **sizes)
+    launch(_gradients_kernel, (programs, tasks, triton.cdiv(out, filters)), images, images, D.contiguous(), y, winners, partial,
+           OUT=out, FILTERS=filters, TILES=TILES, **sizes)
     total, numbers = partial.sum(1), sizes["C"] * k * k
     return total[:, :, :numbers].unflatten(2, (sizes["C"], k, k)), total[:, :, numbers]
 
@@ -201,5 +202,5 @@ def _output_shape(images, out: int) -> tuple:
 def _launch_pooled(images, weight, shift, out, winners, y, given: bool) -> None:
     filters = tile_of(weight.shape[1], FILTERS)
     grid = images.shape[0] * images.shape[1], triton.cdiv(y.shape[2] * y.shape[3], PIXELS), triton.cdiv(weight.shape[1], filters)
-    _pooled_kernel[grid](images, weight.contiguous(), shift.contiguous(), out, winners, y, OUT=weight.shape[1], FILTERS=filters,
-                         GIVEN=given, **_sizes(images, weight.shape[-1]))
+    launch(_pooled_kernel, grid, images, images, weight.contiguous(), shift.contiguous(), out, winners, y, OUT=weight.shape[1],
+           FILTERS=filters, GIVEN=given, **_sizes(images, weight.shape[-1]))

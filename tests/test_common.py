@@ -21,6 +21,10 @@ import pytest
 import torch
 
 import common
+import train_celeba as celeba
+import train_miniimagenet as mini
+import train_omniglot as omniglot
+import train_rl as rl
 from common import DataError, DownloadError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +66,42 @@ def test_a_flag_younger_than_the_run_is_another_setting_only_if_it_is_on(tmp_pat
 def test_resume_without_a_checkpoint_starts_afresh_and_says_so(tmp_path, capsys):
     assert common.open_run(tmp_path / "run", {}, resume=True)[1] is None
     assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_resume_overwrites_no_finished_run_and_no_run_with_other_settings(tmp_path):
+    common.open_run(tmp_path, {"seed": 1}, resume=False)
+    common.append_log(tmp_path, {"episode": 1})
+    with pytest.raises(UsageError, match="seed was 1, is 2"):
+        common.open_run(tmp_path, {"seed": 2}, resume=True)
+    assert common.read_log(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    for resume, message in ((True, "finished run without its checkpoint"), (False, "already holds a run")):
+        with pytest.raises(UsageError, match=message):
+            common.open_run(tmp_path, {"seed": 1}, resume)
+    (tmp_path / "result.json").unlink()
+    assert common.open_run(tmp_path, {"seed": 1}, resume=True)[1] is None and not common.read_log(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "result.json", "checkpoint.pt", "notes.tmp", "my.notes.tmp", "checkpoint.pt.tmp"])
+def test_a_folders_other_files_are_left_alone(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    try:
+        common.open_run(tmp_path, {}, resume=False)
+    except UsageError as error:
+        assert f"already holds a run ({name})" in str(error) and not (tmp_path / "config.json").exists()
+    else:
+        assert name.endswith(".tmp")
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_flags_beside_smoke_count():
+    for script, flags, expected in ((mini, ["--episodes", "100", "--image-size", "64"], {"episodes": 100, "image_size": 64, "channels": 16}),
+                                    (mini, ["--method", "pretrain"], {"episodes": None, "updates": 24}),
+                                    (omniglot, ["--test-steps", "7"], {"inner_steps": 10, "test_steps": 7, "meta_steps": 6}),
+                                    (celeba, ["--iterations", "3"], {"iterations": 3, "val_every": 20}),
+                                    (rl, ["--env", "nav", "--iterations", "2"], {"iterations": 2, "meta_batch": 4})):
+        args = script.parse_flags(["--smoke", *flags])
+        assert {name: getattr(args, name) for name in expected} == expected and args.out.endswith("-smoke")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

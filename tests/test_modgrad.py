@@ -220,6 +220,19 @@ def test_modulation_of_one_is_maml():
     assert_close(meta_gradients(our_loss, theta, None), meta_gradients(maml_loss, theta, None), 1e-10, scale=1e-3)
 
 
+def test_refine_keeps_no_graph_that_is_not_wanted_and_takes_no_step_at_none():
+    theta, chain, psi = network(torch.float64)
+    x, y, *_ = episode(torch.float64)
+    start = {n: theta[n] for n in ADAPTED}
+    loss = lambda adapted: cross_entropy(chain({**theta, **adapted}, x), y)
+    fixed = adapt(loss, start, TASKS, 0.3, psi, steps=2, refine=True, differentiable=False)
+    free = adapt(loss, start, TASKS, 0.3, psi, steps=2, refine=True)
+    assert not any(t.requires_grad for t in fixed.values()) and all(t.requires_grad for t in free.values())
+    assert all(torch.equal(fixed[n], free[n]) for n in ADAPTED)
+    nothing = adapt(loss, start, TASKS, 0.3, psi, steps=0, refine=True)
+    assert all(torch.equal(nothing[n], start[n].expand_as(nothing[n])) for n in ADAPTED)
+
+
 def test_refine_is_algorithm_1_at_one_step():
     theta, chain, psi = network(torch.float64)
     data = episode(torch.float64)
@@ -474,6 +487,44 @@ def test_any_module_is_adapted_by_name_and_left_unchanged(build, prefix_stages):
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
+class PlusOne(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def twice_the_same():
+    layer, activation = nn.Linear(4, 4), nn.Tanh()
+    return nn.Sequential(layer, activation, layer, activation, nn.Linear(4, 3))
+
+
+def tied_children():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    module[2].weight = module[0].weight
+    return module
+
+
+def hooked():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    module.register_forward_hook(lambda module, args, out: out * 2)
+    return module
+
+
+@pytest.mark.parametrize("build, stages", [(twice_the_same, 5), (tied_children, 4), (hooked, 1),
+                                           (lambda: PlusOne(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 1)])
+def test_a_modules_chain_computes_what_the_module_does(build, stages):
+    torch.manual_seed(0)
+    module = build().double()
+    theta, chain = from_module(module)
+    x = torch.rand(TASKS, 5, 4, dtype=torch.float64)
+    assert len(chain.stages) == stages and torch.allclose(chain(theta, x), module(x), rtol=0, atol=1e-14)
+    per_task = {**theta, "0.weight": torch.stack([theta["0.weight"] * (t + 1) for t in range(TASKS)])}
+    for t in range(TASKS):
+        own = {**theta, "0.weight": per_task["0.weight"][t]}
+        assert torch.allclose(chain(per_task, x)[t], torch.func.functional_call(module, own, (x[t],)), rtol=0, atol=1e-14)
+    prefix, _ = chain.split(["0.weight"])
+    assert not prefix.stages
+
+
 def test_mlp_regression_equals_naive():
     torch.manual_seed(0)
     theta, chain = mlp([2, 6, 6, 3])
@@ -504,6 +555,7 @@ def test_mlp_regression_equals_naive():
     (lambda t, c, p, l: adapt(l, t, 0, 0.1), "tasks=0"),
     (lambda t, c, p, l: adapt(l, t, 2, 0.1, noise_std=-1), "noise_std"),
     (lambda t, c, p, l: adapt(l, t, 2, 0.1, refine=True), "generator"),
+    (lambda t, c, p, l: adapt(l, t, 2, 0.1, Generator({"conv1.weight": (4, 3, 3, 3)})), "built without .*head.weight.*has conv1.weight"),
     (lambda t, c, p, l: adapt(lambda p: l(p).sum(), t, 2, 0.1), "one loss per task"),
     (lambda t, c, p, l: adapt(lambda p: p["conv1.weight"].flatten(1).sum(1), t, 2, 0.1), "does not depend on.*conv1.bias"),
     (lambda t, c, p, l: Generator({}), "at least one"),

@@ -253,6 +253,32 @@ def test_recorded_meta_steps_are_launched_ones(flags, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip(found[:half], found[half:]))
 
 
+@pytest.mark.parametrize("protocol", ["multi-shot", "few-shot"])
+def test_evaluation_does_not_depend_on_how_many_tasks_are_at_once(protocol, float64):
+    args = omni.parse_flags(["--protocol", protocol, "--channels", "4", "--test-steps", "3", "--context-dim", "8"])
+    torch.manual_seed(0)
+    learner, drawings = omni.build_learner(args, CPU), omni.synthetic_drawings()
+    for p in learner.parameters():
+        p.data = p.data.double()
+    split = (omni.split_characters(drawings, CPU) if protocol == "few-shot" else omni.split_alphabets(drawings, 25, 1, CPU))["test"]
+    found = []
+    for args.eval_batch in (10, 3, 25):
+        accuracies, curves = omni.evaluate(learner, args, split, 23, "test")
+        assert len(accuracies) == (23 if protocol == "few-shot" else len(split.names))
+        found.append(torch.tensor(curves["loss"] if protocol == "multi-shot" else accuracies, dtype=torch.float64))
+    assert len(set(found[0].tolist())) > 1
+    assert all((found[0] - other).abs().max() <= 1e-9 for other in found)        # float64, and steps that multiply differences
+
+
+def test_every_batch_of_evaluation_tasks_has_noise_of_its_own(monkeypatch):
+    args = omni.parse_flags(["--protocol", "few-shot", "--gradient-noise", "0.1", "--eval-batch", "4"])
+    split, seen = omni.split_characters(omni.synthetic_drawings(), CPU)["test"], []
+    monkeypatch.setattr(omni, "adapt_and_predict", lambda learner, args, x, y, queries, rng, train:
+                        seen.append(torch.rand(1, generator=rng).item()) or torch.zeros(*queries.shape[:2], args.ways))
+    omni.evaluate(None, args, split, 16, "test")
+    assert len(set(seen)) == len(seen) >= 4
+
+
 # --- batch norm ------------------------------------------------------------------------------------------------------
 
 def test_running_statistics_belong_to_a_task_and_start_anew():
@@ -565,6 +591,11 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(number, complete_run, tm
     (["--ways", "5"], "--ways is 5"),
     (["--protocol", "few-shot", "--method", "leap"], "not leap"),
     (["--adapt", "conv9.weight"], "conv9.weight"),
+    (["--adapt", "head.weight", "--method", "leap"], "with leap all weights move"),
+    (["--gradient-noise", "0.1"], "--gradient-noise is for"),
+    (["--protocol", "few-shot", "--imbalanced"], "--imbalanced is for"),
+    (["--protocol", "few-shot", "--benchmark"], "--benchmark is for"),
+    (["--picture", "figure"], "--picture figure"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--windows", "4", "--unroll", "2"], "do not fit"),
     (["--inner-steps", "1", "--method", "leap"], "--inner-steps is 1"),
