@@ -111,7 +111,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_run_flags(parser: argparse.ArgumentParser, bf16: bool = False) -> None:
     """Add the flags that every script has: where the run is kept, its seed, device and limits. `bf16`: offer that precision."""
     run = parser.add_argument_group("run")
-    run.add_argument("--out", help="run folder (default: below runs/, named after the settings)")
+    run.add_argument("--out", help="run folder (default: below runs/, named after the method, the kind of task and the seed)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
     run.add_argument("--seed", type=seed_number, default=1, help="of initialisation, episodes and noise")
     run.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:N")
