@@ -89,13 +89,12 @@ def test_the_time_limit_stops_and_still_tests(tmp_path):
     assert 0 < result["episodes"] < 100_000 and result["tasks"] == 6
 
 
-def test_a_run_that_a_time_limit_stopped_before_its_first_validation_resumes_to_the_same_numbers(complete_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = [*TINY, "--out", str(tmp_path / "run")]
-    mini.main([*flags, "--max-minutes", "1e-9"])
+def test_a_run_that_a_time_limit_stopped_before_its_first_validation_resumes_to_the_same_numbers(complete_run, tmp_path):
+    call = functools.partial(script, *TINY, "--out", tmp_path / "run", cwd=tmp_path)
+    assert call("--max-minutes", 1e-9).returncode == 0
     first = runs.result(tmp_path / "run")
     assert first["episodes"] == 0 and first["best_episode"] is first["best_val_accuracy"] is None and first["tasks"] == 6
-    mini.main([*flags, "--resume"])
+    assert call("--resume").returncode == 0
     assert (tmp_path / "run" / "log.jsonl").read_text() == (complete_run[0] / "log.jsonl").read_text()
     assert runs.result(tmp_path / "run")["value"] == runs.result(complete_run[0])["value"]
 
