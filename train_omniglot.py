@@ -162,7 +162,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--gradient-noise is for --protocol few-shot")
     if multi_shot and args.adapt and args.method != "modgrad":
         raise UsageError(f"--adapt tells in the multi-shot protocol whose gradient modgrad modulates; with {args.method} all weights move")
-    if args.imbalanced and not multi_shot or args.benchmark and not multi_shot:
+    if not multi_shot and (args.imbalanced or args.benchmark):
         raise UsageError(f"--{'imbalanced' if args.imbalanced else 'benchmark'} is for --protocol multi-shot")
     defaults = {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]}
     if args.smoke and multi_shot:
