@@ -339,15 +339,15 @@ CONTENDERS = {"ours": "ours", "ours_tf32": "ours, `--precision tf32`", "ours_bf1
 
 
 def ratios():
-    """One row a machine and method: our time over each other implementation's, medians over turns."""
+    """One row a machine and method: how many times as fast as each other implementation we are, medians over turns."""
     others = [name for name in CONTENDERS if "ours" not in name and "bf16" not in name and "tf32" not in name]
-    rows = [f"| our time per episode, as a share of that of | {' | '.join(CONTENDERS[name] for name in others)} |",
+    rows = [f"| ours is times as fast as | {' | '.join(CONTENDERS[name] for name in others)} |",
             f"| --- | {' | '.join('---' for _ in others)} |"]
     shown = set()
     for s in speeds():
         for case in s["cases"]:
             what = f"{case['method']}, {case['inner_steps']} step{'s' * (case['inner_steps'] > 1)}: {machine(s)}"
-            cells = [f"{c['ours_over_this_seconds']['median']:.2f}" if (c := case["contenders"].get(name)) else "-" for name in others]
+            cells = [f"{1 / c['ours_over_this_seconds']['median']:.1f}" if (c := case["contenders"].get(name)) else "-" for name in others]
             if what not in shown and set(cells) != {"-"}:
                 shown.add(what)
                 rows.append(f"| {what} | {' | '.join(cells)} |")
@@ -427,18 +427,33 @@ def kernel_files():
     return [json.loads(path.read_text()) for path in sorted(HERE.glob("kernels-*.json")) if path.stem != "kernels-resources"]
 
 
+UPDATE = ("forward", "backward", "double backward", "inner step")          # what is timed of the modulated update
+
+
+def passes():
+    """One row a machine and network, at the machine's largest number of tasks: our form's speed over eager's and over the compiler's."""
+    rows = [f"| times as fast as eager, as torch.compile | T | {' | '.join(UPDATE)} |", f"| --- | --- | {' | '.join('---' for _ in UPDATE)} |"]
+    for file in kernel_files():
+        found = {(r["size"], r["tasks"], r["contender"], r["pass"]): r["median_ms"] for r in file["rows"]}
+        ours, tasks = "triton" if file["device"].startswith("NVIDIA") else "closed", max(r["tasks"] for r in file["rows"])
+        for size in dict.fromkeys(r["size"] for r in file["rows"]):
+            ratio = lambda form, name: f"{found[size, tasks, form, name] / found[size, tasks, ours, name]:.2f}"
+            cells = " | ".join(f"{ratio('eager', name)}, {ratio('compile', name)}" for name in UPDATE)
+            rows.append(f"| {size}: {machine(file)}, {ours} | {tasks} | {cells} |")
+    return "\n".join(rows)
+
+
 def kernels():
     """One row a machine, network and number of tasks: eager's time over ours, over the four passes; on a GPU, of what does not fit its
     cache, also the bytes' rate as a share of the best copy's."""
-    passes = ("forward", "backward", "double backward", "inner step")
-    rows = [f"| machine | adapted tensors of | T | form | {' | '.join(f'{p}: ms, times faster than eager' for p in passes)} |",
-            f"| --- | --- | --- | --- | {' | '.join('---' for _ in passes)} |"]
+    rows = [f"| machine | adapted tensors of | T | form | {' | '.join(f'{p}: ms, times faster than eager' for p in UPDATE)} |",
+            f"| --- | --- | --- | --- | {' | '.join('---' for _ in UPDATE)} |"]
     for file in kernel_files():
         found = {(r["size"], r["tasks"], r["contender"], r["pass"]): r for r in file["rows"]}
         gpu = file["device"].startswith("NVIDIA")
         left_out, copied = ("eager", "addcmul", *["closed"] * gpu), max(r["copy_gb_per_s"] for r in file["rows"])
         for size, tasks, form in dict.fromkeys(key[:3] for key in found if key[2] not in left_out):
-            cells = [found[size, tasks, form, p] for p in passes]
+            cells = [found[size, tasks, form, p] for p in UPDATE]
             share = lambda r: f", {r['gb_per_s'] / copied:.0%}" if gpu and r["model_bytes"] > 2 ** 28 else ""
             text = " | ".join(f"{r['median_ms']:.{4 if gpu else 2}f}, {r['times_faster_than_eager']:.2f}{share(r)}" for r in cells)
             rows.append(f"| {machine(file)} | {size} | {tasks} | {form} | {text} |")
@@ -492,7 +507,8 @@ def resources():
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
     tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, modulation,
-                                                  celeba, omniglot, rl, ratios, speed, work, throughput, scaling, kernels, convolutions, blocks, resources)}
+                                                  celeba, omniglot, rl, ratios, speed, work, throughput, scaling, passes, kernels,
+                                                  convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
