@@ -87,6 +87,7 @@ def miniimagenet():
             what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensors"
         what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
+        what += f", rate halved every {c['meta_lr_halve_every']:,}" if c.get("meta_lr_halve_every", 10000) != 10000 else ""
         what += ", bf16" if c["precision"] == "bf16" else ""
         what += ", SYNTHETIC" if r["synthetic"] else ""
         full = {"conv4": 64, "resnet34": 64, "wrn28-10": 160}[c["backbone"]]
