@@ -231,10 +231,24 @@ def modulation():
         cells = [f"{r['tensors'][name][kind]:{'.3g' if kind == 'rms' else '.1%'}}" for name in names for kind in kinds]
         nu, before = r["context"], r["context_of_untrained_psi"]
         cells += [f"{nu['length']:.2g}, {before['length']:.2g}", f"{nu['spread']:.1%}", f"{nu['cosine']:.4f}, {before['cosine']:.2f}"]
-        folder = next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
-        rows.append(f"| [{run}](results/{folder}/{run}) | {r['inner_lr']:g} | {' | '.join(cells)} | {percent(r['own'])} "
+        rows.append(f"| [{run}](results/{folder_of(run)}/{run}) | {r['inner_lr']:g} | {' | '.join(cells)} | {percent(r['own'])} "
                     f"| {percent(r['own_less_other'])} |")
     return "\n".join(rows)
+
+
+def context():
+    """One row a run and adapted matrix: what of a task reaches its nu."""
+    rows = ["| run | matrix | g and g': cosine | g ⊙ g': positive part of its absolute sum | two tasks' g: cosine | two tasks' g ⊙ g' | two tasks' dL/drow | two tasks' dL/dcol |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for run, r in json.loads((HERE / "ablations/context.json").read_text())["runs"].items():
+        for name, t in r["tensors"].items():
+            cosines = " | ".join(f"{round(t[f'cosine_of_{what}'], 2) + 0:.2f}" for what in ("g", "dM", "drow", "dcol"))      # + 0: no -0.00
+            rows.append(f"| [{run}](results/{folder_of(run)}/{run}) | {name} | {t['alike']:.2f} | {t['positive']:.1%} | {cosines} |")
+    return "\n".join(rows)
+
+
+def folder_of(run):
+    return next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
 
 
 CELEBA = {  # Table 3: method -> mean squared error of random 10, random 100, ordered 10, ordered 100
@@ -507,7 +521,7 @@ def resources():
 
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, modulation,
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, modulation, context,
                                                   celeba, omniglot, rl, ratios, speed, work, throughput, scaling, passes, kernels,
                                                   convolutions, blocks, resources)}
     def table(match):

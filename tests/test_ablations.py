@@ -12,6 +12,7 @@ import train_miniimagenet as mini
 from test_train_miniimagenet import TINY
 
 sys.path.insert(0, str(runs.ROOT / "results" / "ablations"))
+import context  # noqa: E402
 import modulation  # noqa: E402
 import noise  # noqa: E402
 
@@ -122,3 +123,27 @@ def test_the_figure_of_full_size_shows_what_the_results_say():
         result = json.loads((folder / name / "result.json").read_text())
         episodes, accuracy, _ = max(figure["validations"](folder / name), key=lambda row: row[1])
         assert (episodes, accuracy) == (result["best_episode"], pytest.approx(100 * result["best_val_accuracy"]))
+
+
+def test_what_reaches_the_context_is_nu(run, tmp_path, monkeypatch):
+    """nu is minus what Psi's derivative at nu = 0 makes of dL/drow and dL/dcol; biases behind batch norm add nothing."""
+    args, learner = noise.load_run(run, torch.device("cpu"))
+    images = mini.to_tensor(mini.synthetic_split("test", image_size=args.image_size))
+    found = context.signals(learner, args, images, 7)
+    assert set(found) == {"conv3.weight", "conv4.weight"} and all(len(t) == 7 for parts in found.values() for t in parts)
+    nu = torch.zeros(7, args.context_dim, requires_grad=True)
+    factors = learner.generator(nu)
+    reached = sum((factors[name][0] * by_row + factors[name][1] * by_col).sum() for name, (_, _, _, by_row, by_col) in found.items())
+    seen = modulation.masks(learner, args, images, 7, "masks")[1]
+    torch.testing.assert_close(-torch.autograd.grad(reached, nu)[0], seen, rtol=1e-3, atol=1e-3 * seen.abs().max().item())
+    path = tmp_path / "context.json"
+    call(monkeypatch, context, run, "--tasks", 7, "--json", path)
+    assert json.loads(path.read_text())["runs"][run.name]["tensors"]["conv4.weight"] == pytest.approx(context.describe(*found["conv4.weight"]))
+
+
+def test_numbers_of_what_reaches_the_context():
+    g, after = torch.tensor([[[3.0, 4.0]], [[-4.0, 3.0]]]), torch.tensor([[[3.0, 4.0]], [[4.0, 3.0]]])
+    by_m = -g * after                                                      # -9, -16 and 16, -9
+    described = context.describe(g, after, by_m, by_m.sum(2), by_m.flatten(1))
+    assert described == pytest.approx({"alike": (1 - 7 / 25) / 2, "positive": 34 / 50, "cosine_of_g": 0, "cosine_of_dM": 0,
+                                       "cosine_of_drow": -1, "cosine_of_dcol": 0}, abs=1e-6)
