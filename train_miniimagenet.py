@@ -90,6 +90,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--shots", type=positive_int, default=5, help="support images per class (paper: 1, 5, 10, 15, 20)")
     task.add_argument("--queries", type=positive_int, default=15, help="query images per class (paper: 15)")
     task.add_argument("--image-size", type=positive_int, help="pixels per side (default: conv4 84, resnet34 224, wrn28-10 80)")
+    task.add_argument("--resize-nearest", action="store_true", help="resize images by their nearest pixels, PIL's default until "
+                      "Pillow 7 (2020), so perhaps the paper's, instead of the bicubic filter")
     task.add_argument("--augment", action=argparse.BooleanOptionalAction, help="train on random crops, flips and colours, test on "
                       "the centre of images 15 %% larger (default: resnet34 and wrn28-10)")
 
@@ -245,11 +247,12 @@ def find_data(root):
     return None
 
 
-def load_split(root, split, image_size=84):
+def load_split(root, split, image_size=84, nearest=False):
     """Load one split as uint8 images, decoded once and cached beside the data as a memory-mapped array.
 
     Classes are sorted by name, images by file name (pickles: stored order). Images of another size are
-    resized to image_size x image_size by PIL's bicubic filter, its default, as the authors' code does.
+    resized to image_size x image_size by PIL's bicubic filter, or to their `nearest` pixels; the authors' code
+    takes PIL's default, which was the latter before Pillow 7 and is the former since.
     Returns Images. Raises UsageError for an unknown split or size, DataError where data is missing or broken,
     including classes of unequal size: episodes are drawn from one (C, P) block.
     """
@@ -264,8 +267,8 @@ def load_split(root, split, image_size=84):
         *(path for files in index()[split].values() for path in files)]
     mark, cache = fingerprint_files(sorted(inputs)), home / "cache"
     names = cached_array(cache, f"{split}-names", mark, lambda: np.array(sorted(index()[split])))
-    images = cached_array(cache, f"{split}-{image_size}", mark,
-                          lambda: _decode(index()[split], image_size, split))
+    images = cached_array(cache, f"{split}-{image_size}{'-nearest' * nearest}", mark,
+                          lambda: _decode(index()[split], image_size, split, Image.NEAREST if nearest else Image.BICUBIC))
     standard = STANDARD[split]
     note = "" if images.shape[:2] == standard else f", not the standard {standard[0]} x {standard[1]}"
     dataset = _describe(f"mini-ImageNet ({layout})", split, images) + note
@@ -435,7 +438,7 @@ def load_pickle(path):
             raise DataError(f"{path} is not a readable pickle: {type(error).__name__}: {error}") from error
 
 
-def _decode(classes, size, split):
+def _decode(classes, size, split, resample):
     """Decode {class: paths or array} to uint8 (C, P, S, S, 3), on threads since PIL releases the GIL."""
     names = sorted(classes)
     count = len(classes[names[0]])
@@ -443,7 +446,7 @@ def _decode(classes, size, split):
 
     def fill(row):
         for column, item in enumerate(classes[names[row]]):
-            out[row, column] = _pixels(item, size)
+            out[row, column] = _pixels(item, size, resample)
 
     workers = os.cpu_count()
     with progress(len(out) * count, 0, f"decoding {split}") as bar, ThreadPoolExecutor(workers) as pool:
@@ -452,14 +455,14 @@ def _decode(classes, size, split):
     return out
 
 
-def _pixels(item, size):
+def _pixels(item, size, resample):
     """RGB uint8 (S, S, 3) of an image file or of a decoded image (H, W, 3)."""
     try:
         with Image.fromarray(item) if isinstance(item, np.ndarray) else Image.open(item) as image:
             image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{item} is not a readable image: {error}") from error
-    return np.asarray(image if image.size == (size, size) else image.resize((size, size), Image.BICUBIC))
+    return np.asarray(image if image.size == (size, size) else image.resize((size, size), resample))
 
 
 _ZENODO = "https://zenodo.org"
@@ -1008,12 +1011,14 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict[str,
             download(root)
     size = stored_size(args)
     if from_first_rank(lambda: args.smoke or not (args.data or args.download or (root.is_dir() and find_data(root)))):
+        if args.resize_nearest:
+            raise UsageError("--resize-nearest is for images of mini-ImageNet; SYNTHETIC ones are drawn at their size")
         splits = {split: synthetic_split(split, image_size=size) for split in SPLITS}
         hint = "" if args.smoke else f"; no mini-ImageNet in {root}: see README, 'Data', or pass --download"
         print(f"SYNTHETIC data: procedurally drawn classes, not mini-ImageNet{hint}", flush=True)
     else:
         with first_of_machine():
-            splits = {split: load_split(root, split, size) for split in SPLITS}
+            splits = {split: load_split(root, split, size, args.resize_nearest) for split in SPLITS}
     first = splits["train"]
     if not first.synthetic:
         print("; ".join(images.dataset for images in splits.values()), flush=True)

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def synthetic(monkeypatch):
     """In place of the real images; torch's threads as they were."""
-    monkeypatch.setattr(mini, "load_split", lambda root, split, size: mini.synthetic_split(split, image_size=size))
+    monkeypatch.setattr(mini, "load_split", lambda root, split, size, nearest: mini.synthetic_split(split, image_size=size))
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -132,6 +132,22 @@ def test_other_sizes_and_modes_become_square_rgb(tmp_path, pixels):
     assert loaded.images.shape == (3, PER_CLASS, 6, 6, 3)
     expected = np.asarray(wide.convert("RGB").resize((6, 6), Image.BICUBIC))
     np.testing.assert_array_equal(loaded.images[0, 0], expected)
+    nearest = mini.load_split(tmp_path, "train", image_size=6, nearest=True).images[0, 0]      # beside the other's cache
+    columns = (np.arange(6) + 0.5) * 20 // 6                                                   # that the new pixels' centres are in
+    rows = (np.arange(6) + 0.5) * 9 // 6
+    np.testing.assert_array_equal(nearest, np.asarray(wide.convert("RGB"))[np.ix_(rows.astype(int), columns.astype(int))])
+    np.testing.assert_array_equal(mini.load_split(tmp_path, "train", image_size=6).images[0, 0], expected)
+
+
+def test_the_flag_resizes_to_the_nearest_pixels(tmp_path, pixels, monkeypatch):
+    write_folders(tmp_path / "data", pixels)
+    flags = ["--image-size", str(SIZE // 2), "--resize-nearest"]
+    splits, _, _ = mini.load_data(mini.parse_flags([*flags, "--data", str(tmp_path / "data")]), torch.device("cpu"))
+    for split, classes in pixels.items():
+        np.testing.assert_array_equal(splits[split].numpy(), np.stack([classes[name][:, 1::2, 1::2] for name in sorted(classes)]))
+    monkeypatch.chdir(tmp_path / "data" / "val")                               # where no data set is
+    with pytest.raises(UsageError, match="--resize-nearest is for images of mini-ImageNet"):
+        mini.load_data(mini.parse_flags(flags), torch.device("cpu"))
 
 
 def test_the_cache_serves_and_follows_its_inputs(tmp_path, pixels, monkeypatch):

@@ -53,7 +53,8 @@ def open_runs(flags: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namesp
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for path in flags.runs:
         args, learner = load_run(path, device)
-        yield path, args, learner, mini.to_tensor(mini.load_split(flags.data, args.test_split, mini.stored_size(args)), device)
+        images = mini.load_split(flags.data, args.test_split, mini.stored_size(args), args.resize_nearest)
+        yield path, args, learner, mini.to_tensor(images, device)
 
 
 def keep(flags: argparse.Namespace, runs: dict, command: str) -> None:
