@@ -88,6 +88,7 @@ def miniimagenet():
         what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
         what += f", rate halved every {c['meta_lr_halve_every']:,}" if c.get("meta_lr_halve_every", 10000) != 10000 else ""
+        what += ", nearest pixels" * c.get("resize_nearest", False) + f", seed {r['seed']}" * (r["seed"] != 1)
         what += ", bf16" if c["precision"] == "bf16" else ""
         what += ", SYNTHETIC" if r["synthetic"] else ""
         full = {"conv4": 64, "resnet34": 64, "wrn28-10": 160}[c["backbone"]]
