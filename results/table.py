@@ -357,7 +357,7 @@ CONTENDERS = {"ours": "ours", "ours_tf32": "ours, `--precision tf32`", "ours_bf1
 def ratios():
     """One row a machine and method: how many times as fast as each other implementation we are, medians over turns."""
     others = [name for name in CONTENDERS if "ours" not in name and "bf16" not in name and "tf32" not in name]
-    rows = [f"| ours is times as fast as | {' | '.join(CONTENDERS[name] for name in others)} |",
+    rows = [f"| ours is so many times as fast as | {' | '.join(CONTENDERS[name] for name in others)} |",
             f"| --- | {' | '.join('---' for _ in others)} |"]
     shown = set()
     for s in speeds():

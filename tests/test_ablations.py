@@ -125,17 +125,27 @@ def test_the_figure_of_full_size_shows_what_the_results_say():
         assert (episodes, accuracy) == (result["best_episode"], pytest.approx(100 * result["best_val_accuracy"]))
 
 
+def check_nu(learner, args, images):
+    """float32: two ways to sum, g' from two forms of the step, agree to 1e-3 of the largest."""
+    nu = torch.zeros(7, args.context_dim, requires_grad=True)
+    factors, found = learner.generator(nu), context.signals(learner, args, images, 7)
+    reached = sum((factors[name][0] * by_row + factors[name][1] * by_col).sum() for name, (*_, by_row, by_col) in found.items())
+    seen = modulation.masks(learner, args, images, 7, "masks")[1]
+    torch.testing.assert_close(-torch.autograd.grad(reached, nu)[0], seen, rtol=1e-3, atol=1e-3 * seen.abs().max().item())
+
+
 def test_what_reaches_the_context_is_nu(run, tmp_path, monkeypatch):
     """nu is minus what Psi's derivative at nu = 0 makes of dL/drow and dL/dcol; biases behind batch norm add nothing."""
     args, learner = noise.load_run(run, torch.device("cpu"))
     images = mini.to_tensor(mini.synthetic_split("test", image_size=args.image_size))
+    sister = learner.generator.cols["conv4/weight"]
+    for closed in (True, False):                        # where every second entry of M is 0, and as the run left it
+        shift = -3 if closed else 3
+        with torch.no_grad():
+            sister.outer.bias[sister.columns::2] += shift
+        check_nu(learner, args, images)
     found = context.signals(learner, args, images, 7)
     assert set(found) == {"conv3.weight", "conv4.weight"} and all(len(t) == 7 for parts in found.values() for t in parts)
-    nu = torch.zeros(7, args.context_dim, requires_grad=True)
-    factors = learner.generator(nu)
-    reached = sum((factors[name][0] * by_row + factors[name][1] * by_col).sum() for name, (_, _, _, by_row, by_col) in found.items())
-    seen = modulation.masks(learner, args, images, 7, "masks")[1]
-    torch.testing.assert_close(-torch.autograd.grad(reached, nu)[0], seen, rtol=1e-3, atol=1e-3 * seen.abs().max().item())
     path = tmp_path / "context.json"
     call(monkeypatch, context, run, "--tasks", 7, "--json", path)
     assert json.loads(path.read_text())["runs"][run.name]["tensors"]["conv4.weight"] == pytest.approx(context.describe(*found["conv4.weight"]))

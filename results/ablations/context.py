@@ -24,8 +24,8 @@ from noise import UsageError, flags_of, keep, kept, mini, open_runs, run_main  #
 
 
 def signals(learner: mini.Learner, args: argparse.Namespace, images: Tensor, tasks: int) -> dict[str, tuple[Tensor, ...]]:
-    """{name: (g, g', dL/dM, dL/drow, dL/dcol)} of each adapted matrix at nu = 0 and the first of the weights that training
-    would adapt: g, g', dL/dM (T, n1, n2), the others (T, n1) and (T, n2)."""
+    """{name: (g, g', dL/dM, dL/drow, dL/dcol)} of each adapted matrix, at nu = 0 and before any inner step:
+    the first three (T, n1, n2), the others (T, n1) and (T, n2)."""
     rng, found = torch.Generator().manual_seed(mini.EVALUATION_SEED), {}
     start = {name: learner.theta[name].detach() for name in learner.adapted}
     for first in range(0, tasks, mini.DRAWN):
