@@ -183,7 +183,9 @@ def _device(name: str) -> torch.device:
 
 def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a small CPU tensor without making the CPU wait for what the GPU is doing."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+    if device.type != "cuda":
+        return t.to(device)
+    return t.contiguous().pin_memory().to(device, non_blocking=True)               # an expanded tensor cannot be pinned
 
 
 class CudaGraph:

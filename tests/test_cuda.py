@@ -117,7 +117,8 @@ def test_the_kernels_gradient_is_the_cpus(method, images, monkeypatch):
     assert (both[0] - both[1]).norm() <= 0.05 * both[0].norm()
 
 
-@pytest.mark.parametrize("flags", ["", "--inner-steps 3", "--pixels 100", "--pixels 100 --outer-pixels 50", "--method maml",
+@pytest.mark.parametrize("flags", ["", "--inner-steps 3", "--pixels 100", "--pixels 100 --outer-pixels 50", "--order ordered",
+                                   "--method maml",
                                    "--method cavia", "--method cnp"])
 def test_image_completion_replayed_is_that_of_the_cpu(flags):
     """Ten updates; float32 sums in another order leave 1e-6 of a loss, which the updates let grow."""

@@ -10,6 +10,7 @@ import train_celeba
 import train_miniimagenet
 import train_omniglot
 import train_rl
+from common import to_device
 
 META = torch.device("meta")
 
@@ -60,6 +61,15 @@ def test_celeba(flags, monkeypatch):
     check(learner, losses)
     given = train_celeba.sample_pixels(30, args.pixels, args.order, torch.Generator())
     assert train_celeba.complete_images(learner, args, images, given).device == META
+
+
+@pytest.mark.parametrize("order", ["random", "ordered"])
+def test_given_pixels_can_be_pinned(order, monkeypatch):
+    """Pinning copies into memory laid out like the tensor; here that memory is ordinary."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t))
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, device, non_blocking: t)
+    given = train_celeba.sample_pixels(3, 4, order, torch.Generator().manual_seed(0))
+    assert torch.equal(to_device(given, torch.device("cuda")), given)
 
 
 @pytest.mark.parametrize("flags", ["", "--theta-update held-out --imbalanced", "--precision bf16", "--method leap",

@@ -306,6 +306,25 @@ def test_each_step_updates_the_running_statistics_once():
     assert torch.allclose(seen[1][1].view(2, -1)[1], 0.9 + 0.1 * y1.var((0, 2, 3)), rtol=1e-10)
 
 
+def test_a_gpus_first_layer_is_the_convolution_with_both_derivatives():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 4, 1, 12, 12, generator=rng, dtype=torch.float64)
+    weight = torch.randn(3 * 5, 1, 3, 3, generator=rng, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3 * 5, generator=rng, dtype=torch.float64, requires_grad=True)
+    convolved = torch.cat([F.max_pool2d(F.conv2d(x[t], weight[5 * t:5 * t + 5], bias[5 * t:5 * t + 5], padding=1), 2)
+                           for t in range(3)], 1)
+    found = omni.product_and_pool(x, weight, bias)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for ours, theirs in zip(derivatives(found, weight, bias), derivatives(convolved, weight, bias), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-10)
+
+
+def derivatives(h, weight, bias):
+    """h, the gradient of a cubic function of it, and the gradient of that gradient's square."""
+    first = torch.autograd.grad((h ** 3).sum(), (weight, bias), create_graph=True)
+    return h, *first, *torch.autograd.grad(sum((g ** 2).sum() for g in first), (weight, bias))
+
+
 def test_held_out_images_are_classified_one_by_one():
     args, learner, split, batches = setting("--method", "leap")
     seen = running(args, 2)
