@@ -16,6 +16,7 @@ DOCUMENTS = HERE.parent / "README.md", HERE / "README.md", HERE / "miniimagenet/
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
     ("modgrad", "conv4", 1): "53.20 ± 0.86", ("modgrad", "conv4", 5): "69.17 ± 0.69",
     ("maml", "conv4", 1): "47.89 ± 1.20", ("maml", "conv4", 5): "64.59 ± 0.88",
+    ("cavia", "conv4", 5): "65.85 ± 0.55 (512 filters)",
     ("modgrad", "wrn28-10", 1): "65.72 ± 0.21", ("modgrad", "wrn28-10", 5): "81.17 ± 0.20",
 }
 
@@ -27,8 +28,8 @@ def runs(folder):
 def glance():
     """One row an experiment: the paper's number for ModGrad beside that of one run of ours, or of all its seeds.
 
-    Of several runs the choice is made without test results: mini-ImageNet's longest of each network, CelebA's best on validation images,
-    Omniglot's longest in the form that was chosen on validation alphabets.
+    Of several runs the choice is made without test results: mini-ImageNet's longest of each network (all of that length), CelebA's
+    best on validation images, of Omniglot's in the form that was chosen on validation alphabets that with the most mini-batches.
     """
     rows = ["| experiment | paper | ours | our training, time a run |", "| --- | --- | --- | --- |"]
     where = lambda r: f" of one {r['device_name']}" if r["device_name"].startswith("NVIDIA") else ""
@@ -38,9 +39,13 @@ def glance():
     size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84)]
     tested = [run for run in size if run[1]["split"] == "test"]
     for shots in sorted({c["shots"] for _, _, c in tested}, reverse=True):
-        folder, r, c = max((run for run in tested if run[2]["shots"] == shots), key=lambda run: run[1]["episodes"])
-        rows.append(f"| mini-ImageNet, 5-way {shots}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', shots]} | "
-                    f"{link(folder, percent(r))} | {r['episodes']:,} of 50,000 episodes, {duration(r['train_seconds'])}{where(r)} |")
+        length = max(r["episodes"] for _, r, c in tested if c["shots"] == shots)
+        longest = [run for run in tested if (run[2]["shots"], run[1]["episodes"]) == (shots, length)]
+        name = lambda r, c: c["precision"] + f", seed {r['seed']}" * (r["seed"] != 1)
+        numbers = ", ".join(link(f, percent(r)) + f" ({name(r, c)})" * (len(longest) > 1) for f, r, c in longest)
+        folder, r, c = min(longest, key=lambda run: run[1]["train_seconds"])
+        rows.append(f"| mini-ImageNet, 5-way {shots}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', shots]} | {numbers} | "
+                    f"{length:,} of 50,000 episodes, {duration(r['train_seconds'])}{where(r)}{f' ({name(r, c)})' * (len(longest) > 1)} |")
     folder, r, c = max((run for run in ours("miniimagenet") if run[2]["backbone"] == "wrn28-10"), key=lambda run: run[1]["episodes"])
     rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, WRN-28-10: accuracy, % | {PAPER['modgrad', 'wrn28-10', c['shots']]} | "
                 f"{link(folder, percent(r))} | {160 // c['channels']} times narrower, {c['image_size']} pixels; pretrained, then "
@@ -53,10 +58,10 @@ def glance():
                     f"{c['inner_steps']} inner steps, {duration(r['train_seconds'])} |")
     form = [run for run in ours("omniglot") if run[2]["protocol"] == "multi-shot" and run[2]["psi_lr"] == 0.001
             and not run[0].name.startswith("candidate")]
-    best = [run for run in form if run[1]["meta_steps"] == max(r["meta_steps"] for _, r, _ in form)]
-    rows.append(f"| Omniglot, multi-shot (Fig. 5): accuracy, % | {OMNIGLOT['modgrad']} | "
-                f"{', '.join(link(f, percent(r)) for f, r, _ in best)} | {best[0][1]['meta_steps']:,} meta-steps of "
-                f"{best[0][2]['meta_batch']} tasks, {duration(sum(r['train_seconds'] for _, r, _ in best) / len(best))} |")
+    folder, r, c = max(form, key=lambda run: run[1]["meta_steps"] * run[2]["meta_batch"] * run[2]["inner_steps"])
+    rows.append(f"| Omniglot, multi-shot (Fig. 5): accuracy, % | {OMNIGLOT['modgrad']} | {link(folder, percent(r))} | "
+                f"{r['meta_steps']:,} of 1,000 meta-steps, {c['meta_batch']} tasks x {c['inner_steps']} steps, "
+                f"{duration(r['train_seconds'])}{where(r)} |")
     for env, what in (("nav", "navigation"), ("cheetah-dir", "half-cheetah, direction"), ("cheetah-vel", "half-cheetah, velocity")):
         seeds = [run for run in ours("rl") if run[2]["env"] == env and run[2]["adapt"] == ["context"]]
         numbers = ", ".join(link(f, interval(r, 1)) for f, r, _ in seeds)
@@ -84,12 +89,12 @@ def miniimagenet():
             what = "pretraining alone, nearest class means"
         else:
             what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
-            what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensors"
+            what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensor{'s' * (len(c['adapt']) > 1)}"
         what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
         what += f", rate halved every {c['meta_lr_halve_every']:,}" if c.get("meta_lr_halve_every", 10000) != 10000 else ""
         what += ", nearest pixels" * c.get("resize_nearest", False) + f", seed {r['seed']}" * (r["seed"] != 1)
-        what += ", bf16" if c["precision"] == "bf16" else ""
+        what += f", {c['precision']}" * (c["precision"] != "fp32")
         what += ", SYNTHETIC" if r["synthetic"] else ""
         full = {"conv4": 64, "resnet34": 64, "wrn28-10": 160}[c["backbone"]]
         backbone = c["backbone"] + f", {full // c['channels']} times narrower" * (c["channels"] < full)

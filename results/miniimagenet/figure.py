@@ -1,7 +1,7 @@
 """Draw validation accuracy against training episodes: python results/miniimagenet/figure.py.
 
-Of the 84-pixel runs with 200 validation tasks, the same for all, and of the complete one with 400 of its own; the band is a 95 %
-interval over tasks. Dotted: the paper's test accuracies after 50,000 episodes.
+Of runs with 84 pixels, on 400 validation tasks (5-shot) and 200 (1-shot), in a panel the same for all; the band is a 95 % interval
+over tasks. Dotted: the paper's test accuracies after 50,000 episodes.
 """
 
 import json
@@ -17,9 +17,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from table import PAPER  # noqa: E402
 
-RUNS = {"84px-modgrad-h200": ("ModGrad, conv3 and conv4, alpha 0.1, bf16", "tab:orange"),
-        "84px-modgrad-50k": ("ModGrad, conv3 and conv4, alpha 0.1", "tab:red"),
-        "84px-maml-conv4-alpha3": ("MAML, conv4 alone, alpha 3", "tab:blue"),
+RUNS = {"84px-modgrad-fp32-h200": ("ModGrad, conv3 and conv4, alpha 0.1, float32", "tab:red"),
+        "84px-modgrad-seed2-h200": ("the same, bf16, seed 2", "tab:orange"),
+        "84px-maml-conv4-alpha3-h200": ("MAML, conv4 alone, alpha 3, bf16", "tab:blue"),
+        "84px-maml-h200": ("MAML, all layers, 5 steps, alpha 0.01, bf16", "tab:cyan"),
+        "84px-cavia-h200": ("CAVIA, 2 steps, bf16", "tab:gray"),
         "84px-modgrad-1shot-bf16": ("ModGrad, conv3 and conv4, alpha 0.1, bf16", "tab:orange"),
         "84px-maml-1shot": ("MAML, conv4 alone, alpha 3, bf16", "tab:blue")}
 
@@ -46,15 +48,15 @@ def panel(axes, k: int) -> None:
         accuracy = float(PAPER[method, "conv4", k].split()[0])
         axes.axhline(accuracy, color=colour, linestyle=":", label=f"paper, {name}: test after 50,000 episodes")
     axes.set(xlabel="training episodes", title=f"mini-ImageNet, 5-way {k}-shot, Conv-4, 84 pixels")
+    axes.legend(loc="lower right", fontsize=8)
     axes.grid(alpha=0.25)
 
 
 def main() -> None:
-    picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4), dpi=110)
+    picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), dpi=110)
     panel(left, 5)
     panel(right, 1)
     left.set_ylabel("accuracy on validation tasks, %")
-    left.legend(loc="lower right", fontsize=8)
     picture.tight_layout()
     picture.savefig(HERE / "84px.png")
 
