@@ -40,7 +40,8 @@ from common import (Aside, DataError, DownloadError, HelpFormatter, Training, Us
                     append_log, cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
                     first_of_machine, from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run,
                     parse_smoke, plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays,
-                    run_main, setup, subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, write_result)
+                    run_main, setup, subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, whole_float32,
+                    write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LearnedRates, Transforms, adapt, conv4, resnet34, wide_resnet28
 
@@ -679,7 +680,8 @@ def augment(x, draws, size):
     zero = torch.zeros_like(area)
     columns = torch.stack([width * torch.where(flip < 0.5, -1, 1), zero, (1 - width) * (2 * left - 1)], 1)
     rows = torch.stack([zero, height, (1 - height) * (2 * top - 1)], 1)
-    grid = F.affine_grid(torch.stack([columns, rows], 1), [len(images), 3, size, size], align_corners=False)
+    with whole_float32():
+        grid = F.affine_grid(torch.stack([columns, rows], 1), [len(images), 3, size, size], align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     brightness, contrast, colour = (0.6 + 0.8 * change[:, None, None, None] for change in changes)
     images = (brightness * images).clamp(0, 255)

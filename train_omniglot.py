@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights,
                     mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float, positive_int, progress,
-                    random_order, replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, write_result)
+                    random_order, replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, whole_float32,
+                    write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
@@ -445,7 +446,8 @@ def draw_moves(shape: Iterable[int], rng: torch.Generator) -> Tensor:
 def move(images: Tensor, moves: Tensor) -> Tensor:
     """Apply affine maps (T, B, 2, 3) to images (T, B, 1, S, S); nearest pixel, 0 (ink) where the old image ends."""
     flat = images.flatten(0, 1)
-    grid = F.affine_grid(moves.flatten(0, 1), flat.shape, align_corners=False)
+    with whole_float32():
+        grid = F.affine_grid(moves.flatten(0, 1), flat.shape, align_corners=False)
     return F.grid_sample(flat, grid, mode="nearest", align_corners=False).unflatten(0, images.shape[:2])
 
 

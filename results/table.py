@@ -4,6 +4,7 @@ Every `result.json` below results/ is one run. A block between `<!-- table NAME 
 that name. `--check` changes nothing and fails if a document is out of date.
 """
 
+import argparse
 import json
 import os
 import re
@@ -541,14 +542,16 @@ def fill(text, folder):
 
 
 def main():
-    stale = []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
+    check, stale = parser.parse_args().check, []
     for path in DOCUMENTS:
         before = path.read_text(encoding="utf-8")
         after = fill(before, path.parent)
         stale += [str(path.relative_to(HERE.parent))] * (after != before)
-        if "--check" not in sys.argv[1:]:
+        if not check:
             path.write_text(after, encoding="utf-8")
-    if "--check" in sys.argv[1:] and stale:
+    if check and stale:
         sys.exit(f"out of date: {', '.join(stale)}; run python results/table.py")
 
 

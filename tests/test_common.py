@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import train_celeba as celeba
@@ -28,6 +29,20 @@ import train_rl as rl
 from common import DataError, DownloadError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- device ---
+
+def test_places_in_images_keep_float32s_bits_under_tf32(monkeypatch):
+    allowed, affine_grid = [], F.affine_grid
+    monkeypatch.setattr(F, "affine_grid", lambda *a, **k: allowed.append(torch.backends.cuda.matmul.allow_tf32) or affine_grid(*a, **k))
+    common.allow_tf32(True)
+    try:
+        mini.augment(torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), torch.rand(1, 2, 8), 8)
+        omniglot.move(torch.zeros(1, 2, 1, 8, 8), torch.eye(2, 3).expand(1, 2, 2, 3))
+        assert allowed == [False, False] and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        common.allow_tf32(False)
 
 
 # --- run folder ---

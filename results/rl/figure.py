@@ -5,8 +5,8 @@ policies against the number of updates on 40 fresh tasks, the mean over seeds an
 Of an environment and method only the runs with the most tasks an iteration are drawn.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -59,5 +59,7 @@ def figure(env):
 
 
 if __name__ == "__main__":
-    for env in sys.argv[1:] or ["nav"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env", nargs="+", choices=("nav", "cheetah-dir", "cheetah-vel"))
+    for env in parser.parse_args().env:
         figure(env)
