@@ -192,6 +192,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def kernel_of(args: argparse.Namespace, device: torch.device) -> None:
+    """A run that was trained on a GPU with --kernel triton is used with the automatic choice where there is none."""
+    if args.kernel == "triton" and device.type != "cuda":
+        args.kernel = "auto"
+
+
 def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a small CPU tensor without making the CPU wait for what the GPU is doing."""
     if device.type != "cuda":
@@ -696,6 +702,7 @@ class Training:
                                    **{name: _get_state(part) for name, part in self.kept.items()}})
 
     def _losses(self) -> list[list[float]]:
+        max_over_ranks(0)                                  # a lost rank is named here; numbers of a GPU would be waited for
         pending = [p if isinstance(p, list) else p.tolist() for p in self.now["pending"]]
         for k, (loss, _) in enumerate(reversed(pending)):
             check_finite(loss, self.loss_name, f"{self.name} {self.now[self.unit] - k * self.per_update}", self.run)

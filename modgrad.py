@@ -265,7 +265,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
     graph = differentiable and not first_order
     factors = generator
     with torch.enable_grad():
-        if generator is not None and next(iter(theta.values())).is_cuda:
+        if generator is not None and next(iter(theta.values())).is_cuda and not generator._forward_hooks:    # these see each call
             factors = generator.together()
         current = dict(theta) if given is None else {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
         before = dict(theta)      # current, but without a task dimension where all tasks start alike: a step then reads one theta

@@ -24,6 +24,7 @@ three products of TF32 or six of bfloat16, which leaves float32's accuracy; with
 """
 
 import functools
+import math
 
 import torch
 from torch.autograd import Function
@@ -527,7 +528,8 @@ class _NormPoolReluBackward(Function):
 
 def takes_blocks(x) -> bool:
     """Whether x (T, N, C, H, W) is what `task_blocks` is for, here and now."""
-    return x.is_cuda and not torch.compiler.is_compiling() and fits_kernels(x.dtype, x.device) and x.shape[2] >= 16
+    fits = x.is_cuda and not torch.compiler.is_compiling() and fits_kernels(x.dtype, x.device)
+    return fits and x.shape[2] >= 16 and math.prod(x.shape[1:]) < 2 ** 31             # places in a task are numbers of 32 bits
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import common
 import runs
 import train_miniimagenet as mini
 from test_train_miniimagenet import TINY
@@ -48,6 +49,20 @@ def test_noise_is_measured_once_and_kept(run, tmp_path, monkeypatch):
     monkeypatch.setattr(mini, "evaluate", lambda *arguments: pytest.fail("measured again"))
     call(monkeypatch, noise, run, "--levels", 0, 1000, "--tasks", 6, "--json", path)
     assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_run_of_a_gpu_is_measured_in_its_precision_and_here_too(run, tmp_path, precision):
+    recorded = json.loads((run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(recorded | {"kernel": "triton", "precision": precision}))
+    (tmp_path / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    try:
+        args, learner = noise.load_run(tmp_path, torch.device("cpu"))
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+        images = mini.to_tensor(mini.synthetic_split("test", image_size=args.image_size))
+        assert len(mini.evaluate(learner, args, images, 2, "here")) == 2
+    finally:
+        common.allow_tf32(False)
 
 
 def test_the_mask_is_that_of_the_last_step(run, tmp_path, monkeypatch):

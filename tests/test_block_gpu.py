@@ -122,3 +122,10 @@ def test_what_it_is_for():
     x = tensors()[0]
     capable = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     assert takes_blocks(x) == capable and not takes_blocks(x.double()) and not takes_blocks(x[:, :, :3])
+
+
+def test_tasks_too_large_for_32_bit_places_are_left_to_others(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("kernels.block_gpu.fits_kernels", lambda dtype, device: True)
+    x = torch.zeros(1).expand(2, 2675, 64, 112, 112)
+    assert takes_blocks(x[:, :2674]) and not takes_blocks(x)

@@ -331,6 +331,19 @@ def test_theta_is_one_for_all_tasks_until_they_have_moved(options, shared, monke
     assert seen == [{one} for one in shared]
 
 
+def test_on_a_gpu_too_a_hook_sees_each_call_of_the_generator(monkeypatch):
+    """There the sister networks are computed together, without `forward`, unless somebody watches it."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    theta, target = {"w": torch.ones(3, 4)}, torch.arange(12.0).view(3, 4)
+    psi, seen = Generator({"w": (3, 4)}, context_dim=6), []
+    loss = lambda adapted: (adapted["w"] - target).square().sum((-2, -1)).expand(2)
+    alone = adapt(loss, theta, 2, 0.1, psi, kernel="closed")
+    psi.register_forward_hook(lambda module, inputs, factors: seen.append(inputs[0]))
+    watched = adapt(loss, theta, 2, 0.1, psi, kernel="closed")
+    assert len(seen) == 2 and not seen[0].any() and seen[1].any()                   # nu = 0, and the nu of Eq. 9
+    assert_close(watched, alone, 1e-6)
+
+
 @pytest.mark.parametrize("differentiable", [True, False])
 def test_each_task_may_start_elsewhere(differentiable):
     """Two calls of one step, the second from where each task is, are one call of two steps."""

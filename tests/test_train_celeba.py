@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import signal
@@ -402,6 +403,16 @@ def test_every_method_runs_and_the_figures_are_drawn(method, complete_run, tmp_p
     celeba.main(["--complete", "photo.png", "--checkpoint", "run", "--picture", "completed.png", "--device", "cpu"])
     for name in ("grid.png", "completed.png"):
         assert min(Image.open(name).size) > 100
+
+
+def test_a_run_trained_with_triton_is_used_without_a_gpu(complete_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorded = json.loads((complete_run[0] / "config.json").read_text())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(recorded | {"kernel": "triton"}))
+    (tmp_path / "run/checkpoint.pt").write_bytes((complete_run[0] / "checkpoint.pt").read_bytes())
+    celeba.main(["--figure", "run", "--picture", "grid.png", "--device", "cpu"])
+    assert (tmp_path / "grid.png").exists()
 
 
 def test_smoke_is_a_whole_run(tmp_path):

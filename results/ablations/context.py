@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from modulation import describe_context  # noqa: E402
-from noise import UsageError, flags_of, keep, kept, mini, open_runs, run_main  # noqa: E402
+from noise import UsageError, allow_tf32, flags_of, keep, kept, mini, open_runs, run_main  # noqa: E402
 
 
 def signals(learner: mini.Learner, args: argparse.Namespace, images: Tensor, tasks: int) -> dict[str, tuple[Tensor, ...]]:
@@ -64,6 +64,7 @@ def main() -> None:
         if args.method != "modgrad":
             raise UsageError(f"{path} is a run of {args.method}, which has no context")
         args.precision = "fp32"
+        allow_tf32(False)
         tensors = {name: describe(*found) for name, found in signals(learner, args, images, flags.tasks).items()}
         runs[path.name] = {"command": f"python results/ablations/context.py {path} --tasks {flags.tasks}", "tasks": flags.tasks,
                            "inner_lr": args.inner_lr, "shots": args.shots, "tensors": tensors}

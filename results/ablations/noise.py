@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_miniimagenet as mini  # noqa: E402
-from common import (UsageError, describe_machine, mean_ci95, non_negative_float, positive_int, run_main,  # noqa: E402
+from common import (UsageError, allow_tf32, describe_machine, kernel_of, mean_ci95, non_negative_float, positive_int, run_main,  # noqa: E402
                     save_atomically)
 
 
@@ -28,6 +28,8 @@ def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.
         recorded = json.loads((run / "config.json").read_text())
         recorded["eval_batch"] = mini.DRAWN
         args = argparse.Namespace(**{**vars(mini.parse_flags(["--method", recorded["method"]])), **recorded})
+        kernel_of(args, device)
+        allow_tf32(args.precision == "tf32")
         checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         learner = mini.build_learner(args, device)
         learner.load(checkpoint["now"]["best"] or checkpoint["weights"])
