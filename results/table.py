@@ -214,15 +214,19 @@ def seeds():
     return "\n".join(rows)
 
 
-def noise():
+def noise(folder="ablations"):
     """One row a run, one column a standard deviation of the noise in the test alone."""
-    file = json.loads((HERE / "ablations/noise.json").read_text())
+    file = json.loads((HERE / folder / "noise.json").read_text())
     levels = sorted({level for run in file["runs"].values() for level in run["accuracy"]}, key=float)
     rows = [f"| run | alpha | {' | '.join(f'noise {level}: ours, %' for level in levels)} |", "| --- | --- |" + " --- |" * len(levels)]
     for name, run in file["runs"].items():
         cells = [percent(run["accuracy"][level]) if level in run["accuracy"] else "-" for level in levels]
-        rows.append(f"| [{run['method']}](results/ablations/{name}) | {run['inner_lr']:g} | {' | '.join(cells)} |")
+        rows.append(f"| [{run['method']}](results/{folder}/{name}) | {run['inner_lr']:g} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def noise_at_full_size():
+    return noise("miniimagenet")
 
 
 def modulation():
@@ -528,9 +532,9 @@ def resources():
 
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, modulation, context,
-                                                  celeba, omniglot, rl, ratios, speed, work, throughput, scaling, passes, kernels,
-                                                  convolutions, blocks, resources)}
+    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, noise_at_full_size,
+                                                  modulation, context, celeba, omniglot, rl, ratios, speed, work, throughput,
+                                                  scaling, passes, kernels, convolutions, blocks, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
