@@ -49,7 +49,7 @@ BLOCKS = range(1, 5)            # of the network
 METHODS = ("modgrad", "leap", "reptile", "fomaml", "maml")
 PROTOCOLS = {                   # what differs between the protocols; LEAP's multi-shot, MAML's few-shot
     "multi-shot": {"ways": 20, "meta_steps": 1000, "meta_batch": 20, "val_every": 20, "log_every": 10,
-                   "checkpoint_every": 10, "inner_steps": 100, "inner_lr": 0.1, "psi_lr": 1e-3},
+                   "checkpoint_every": 10, "inner_steps": 100, "inner_lr": 0.1, "psi_lr": 3e-4},
     "few-shot": {"ways": 5, "meta_steps": 60_000, "meta_batch": 32, "val_every": 1000, "log_every": 20,
                  "checkpoint_every": 100, "inner_lr": 0.1, "meta_lr": 1e-3, "psi_lr": 1e-3},
 }
@@ -122,7 +122,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--meta-batch", type=positive_int, help="tasks of one (default: multi-shot 20, few-shot 32)")
     train.add_argument("--meta-lr", type=positive_float, help="of theta: multi-shot SGD (default: modgrad, leap, "
                        "reptile 0.1, fomaml, maml 0.5), few-shot Adam (default 1e-3)")
-    train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (default: 1e-3, the paper's on mini-ImageNet)")
+    train.add_argument("--psi-lr", type=positive_float, help="Adam's rate for psi (default: multi-shot 3e-4, few-shot 1e-3, the "
+                       "paper's on mini-ImageNet)")
     add_cuda_graph_flag(train)
     train.add_argument("--val-every", type=positive_int, help="meta-steps between validations (default: multi-shot 20, "
                        "few-shot 1000); the best weights are tested, those of the end where none was made")
