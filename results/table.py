@@ -90,7 +90,8 @@ def miniimagenet():
             what = "pretraining alone, nearest class means"
         else:
             what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
-            what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {len(c['adapt'])} tensor{'s' * (len(c['adapt']) > 1)}"
+            count = len(c["adapt"])
+            what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {count} tensor{'s' * (count > 1)}"
         what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
         what += f", rate halved every {c['meta_lr_halve_every']:,}" if c.get("meta_lr_halve_every", 10000) != 10000 else ""
