@@ -17,7 +17,8 @@ DOCUMENTS = HERE.parent / "README.md", HERE / "README.md", HERE / "miniimagenet/
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
     ("modgrad", "conv4", 1): "53.20 ± 0.86", ("modgrad", "conv4", 5): "69.17 ± 0.69",
     ("maml", "conv4", 1): "47.89 ± 1.20", ("maml", "conv4", 5): "64.59 ± 0.88",
-    ("cavia", "conv4", 5): "65.85 ± 0.55 (512 filters)",
+    ("metasgd", "conv4", 1): "50.50 ± 1.90", ("metasgd", "conv4", 5): "64.00 ± 0.90", ("tnet", "conv4", 1): "51.70 ± 1.84",
+    ("cavia", "conv4", 1): "51.82 ± 0.65 (512 filters)", ("cavia", "conv4", 5): "65.85 ± 0.55 (512 filters)",
     ("modgrad", "wrn28-10", 1): "65.72 ± 0.21", ("modgrad", "wrn28-10", 5): "81.17 ± 0.20",
 }
 
