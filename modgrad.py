@@ -174,7 +174,7 @@ class LearnedRates(nn.Module):
 
     def __init__(self, shapes: Mapping[str, Sequence[int]], rate: float):
         super().__init__()
-        self.rates = nn.ParameterDict({_key(name): torch.full(tuple(shape), rate) for name, shape in shapes.items()})
+        self.rates = nn.ParameterDict({_key(name): torch.full(tuple(shape), float(rate)) for name, shape in shapes.items()})
         self.names = list(shapes)
 
     def forward(self) -> Tensors:
@@ -215,7 +215,9 @@ def _layer(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "/")  # a module may not have a dot in its name
+    """A tensor's name as that of a module: without dots, and not that of a method of ModuleDict or ParameterDict, such as "keys"."""
+    key = name.replace(".", "/")
+    return f"{key}/" if hasattr(nn.ModuleDict, key) or hasattr(nn.ParameterDict, key) else key
 
 
 # --- the inner loop (Algorithm 1, Eq. 9) -----------------------------------------------------------------------------
@@ -565,13 +567,13 @@ def mlp(sizes: Sequence[int]) -> tuple[Tensors, Chain]:
 
 
 def from_module(module: nn.Module) -> tuple[Tensors, Chain]:
-    """Make any `nn.Module` usable here without changing it: (theta, chain) over its own parameters.
+    """Make an `nn.Module` usable here without changing it: (theta, chain) over its own parameters.
 
-    The module must map one task's batch (N, ...) to (N, ...). A plain `nn.Sequential` is cut at its children, so that
-    what lies before the first adapted layer is computed once. A parameter that is in several places goes by the first of its
-    names. Batch normalisation uses the statistics of each task's batch, never running ones. Tasks are batched by
-    torch.func.vmap. Buffers and the training mode are those at the time of the call: of a module with dropout call `.eval()`
-    before, for an adaptation without it.
+    The module must map one task's batch (N, ...) to (N, ...), by operations over which torch.func.vmap can batch the tasks:
+    those of nn.LSTM and nn.GRU are not. A plain `nn.Sequential` is cut at its children, so that what lies before the first
+    adapted layer is computed once. A parameter that is in several places goes by the first of its names. Batch normalisation
+    uses the statistics of each task's batch, never running ones. Buffers and the training mode are those at the time of the
+    call: of a module with dropout call `.eval()` before, for an adaptation without it.
     """
     theta = dict(module.named_parameters())
     if not theta:

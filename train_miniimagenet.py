@@ -514,16 +514,18 @@ def _fetch_mirror(mirror, stage, target, manual):
         path = stage / url.rsplit("/", 1)[1]
         known = published.get(path.name, {key: mirror[key] for key in ("sha256", "size") if key in mirror})
         fetch_file([url], path, **known, manual=manual)
+    archives, unpacked = list(stage.glob("*.zip")), stage / "unpacked"
+    if unpacked.exists():           # of a call that was interrupted
+        shutil.rmtree(unpacked)
     try:
-        for path in stage.glob("*.zip"):
-            extract_archive(path, stage)
-        _check_standard(stage)
+        for path in archives:
+            extract_archive(path, unpacked)
+        _check_standard(unpacked if archives else stage)
     except DataError:
         shutil.rmtree(stage)        # kept, the damaged file would be taken for a finished one next time
         raise
-    for path in stage.glob("*.zip"):
-        path.unlink()
-    os.replace(stage, target)
+    os.replace(unpacked if archives else stage, target)
+    shutil.rmtree(stage, ignore_errors=True)
 
 
 def _published_checksums(record):

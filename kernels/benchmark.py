@@ -337,7 +337,10 @@ def cpu_name() -> str:
 
 def select_device(name: str) -> torch.device:
     """The device to measure; a GPU becomes the current one, as the timer's events are recorded there."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SystemExit(f"error: --device {name!r} is no device: use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SystemExit(f"error: --device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
     if device.type == "cuda":
@@ -397,6 +400,7 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
     parser.add_argument("--contenders", type=names_out_of(CONTENDERS), default=list(CONTENDERS),
                         help=f"out of {','.join(CONTENDERS)}")
     parser.add_argument("--tasks", type=int, nargs="+", default=[4, 16], metavar="T", help="tasks in a batch")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's choice")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each figure")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -404,6 +408,8 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.tasks) < 1:
         parser.error(f"--tasks must be at least 1, got {min(args.tasks)}")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
     if args.quick:
         args.sizes, args.tasks, args.seconds = ["conv4"], [4], 0.1
     return args
@@ -412,6 +418,8 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_flags()
     device = select_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     keep_freed_memory()                  # as the training scripts do: else a CPU mostly waits for pages of fresh memory
     about = describe(device)
     print(f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['threads']} threads, "

@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,36 @@ common.save_checkpoint(run, {"step": 2})
     assert common.open_run(tmp_path, {}, resume=True)[1]["step"] == 1
 
 
+LOCKS = pytest.mark.skipif(common.fcntl is None, reason="this system has no fcntl")
+
+
+@LOCKS
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    opens = [sys.executable, "-c", "import common, sys; common.run_main(lambda: common.open_run(sys.argv[1], {}, True))", str(tmp_path)]
+    other = lambda: subprocess.run(opens, cwd=ROOT, capture_output=True, text=True)
+    assert other().returncode == 0                                # it ended, and its lock with it
+    run, _ = common.open_run(tmp_path, {}, resume=True)
+    common.open_run(tmp_path, {}, resume=True)                    # this process may
+    common.append_log(run, {"unit": 1})
+    refused = other()
+    assert refused.returncode == 2 and refused.stderr == (
+        f"error: another process is at work in {tmp_path}: wait for it or stop it, or choose another --out\n")
+    assert common.read_log(run) == [{"unit": 1}]
+    Descent().train(tmp_path, resume=True)
+    assert other().returncode == 0
+
+
+@LOCKS
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(common.fcntl, "flock", refuse)
+    files = lambda: len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    before = files()
+    Descent().train(tmp_path)
+    assert common.read_log(tmp_path) and files() == before
+
+
 def test_a_full_disk_is_named_and_the_old_checkpoint_kept(tmp_path, monkeypatch):
     common.open_run(tmp_path, {}, resume=False)
     common.save_checkpoint(tmp_path, {"step": 1})
@@ -228,8 +259,16 @@ def test_curves_are_a_picture(tmp_path):
 
 
 def test_mean_and_interval():
-    mean, half = common.mean_ci95([0.0, 1.0, 0.0, 1.0])
-    assert mean == 0.5 and half == pytest.approx(1.96 * 0.5 / 2)
+    mean, half = common.mean_ci95([0.0, 1.0] * 50)
+    assert mean == 0.5 and half == pytest.approx(1.96 * 0.5 / 10)
+    assert common.mean_ci95([0.25]) == (0.25, 0.0)
+
+
+def test_the_interval_of_few_values_is_students():
+    """Against the table in any textbook, to its digits."""
+    assert [round(common.student_quantile(n), 3) for n in (1, 2, 4, 9, 28)] == [12.706, 4.303, 2.776, 2.262, 2.048]
+    mean, half = common.mean_ci95(range(10))
+    assert mean == 4.5 and half == pytest.approx(2.2622 * 3.02765 / 10**0.5, rel=1e-4)
 
 
 # --- flags, signals, errors ---
@@ -289,7 +328,7 @@ class Descent:
     def __init__(self):
         self.theta, self.generator = {"w": torch.ones(1)}, None
 
-    def train(self, run, resume=False, signal_at=None, gradient=1.0, signal_at_end=False):
+    def train(self, run, resume=False, signal_at=None, gradient=1.0, signal_at_end=False, spoiled_at=None):
         args = argparse.Namespace(units=20, max_minutes=None)
         run, checkpoint = common.open_run(run, {}, resume)
         optimiser, rng = torch.optim.Adam(self.theta.values(), 0.1), torch.Generator().manual_seed(0)
@@ -302,6 +341,8 @@ class Descent:
                 optimiser.step()
                 if now["unit"] == signal_at:
                     signal.raise_signal(signal.SIGTERM)
+                if now["unit"] == spoiled_at:
+                    self.theta["other"][1] = float("inf")
                 training.advance(torch.cat([self.theta["w"] * gradient, self.theta["w"]]))
                 if training.due(6):
                     training.log("loss", "weight")
@@ -343,6 +384,16 @@ def test_training_ends_where_a_loss_is_not_finite_and_says_where(tmp_path):
         Descent().train(tmp_path, gradient=float("nan"))
 
 
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
+    """An update may spoil them after its loss: the next loss would tell too late."""
+    learner = Descent()
+    learner.theta["other"] = torch.zeros(2)
+    with pytest.raises(UsageError, match=r"numbers in other \(nan\) at unit 18; the last good checkpoint is .*checkpoint.pt"):
+        learner.train(tmp_path, spoiled_at=12)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["now"]["unit"] == 9 and kept["weights"]["theta"]["other"].tolist() == [0, 0]
+
+
 def test_user_errors_are_one_line_and_bugs_keep_their_traceback(capsys):
     def bad_input():
         raise UsageError("what was wrong")
@@ -378,6 +429,13 @@ def server():
                 self.send_header("Content-Type", "text/html; charset=utf-8")
                 self.end_headers()
                 return self.wfile.write(b"<html>quota exceeded</html>")
+            if self.path == "/garbage":
+                return self.wfile.write(b"this is no HTTP\r\n")
+            if self.path == "/chunks":                     # that end in the middle
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                return self.wfile.write(b"10\r\nabc")
             start = int(asked[6:-1]) if asked and self.path != "/norange" else 0
             if start >= len(BODY):
                 return self.send_error(416)
@@ -424,7 +482,7 @@ def test_a_part_that_is_already_whole_is_recognised(server, tmp_path):
     assert fetch(server, tmp_path, "/good").read_bytes() == BODY
 
 
-@pytest.mark.parametrize("bad", ["/missing", "/page", "/corrupt"])
+@pytest.mark.parametrize("bad", ["/missing", "/page", "/corrupt", "/garbage", "/chunks"])
 def test_the_next_mirror_is_tried(bad, server, tmp_path):
     assert fetch(server, tmp_path, bad, "/good").read_bytes() == BODY
 
@@ -442,6 +500,17 @@ def test_size_and_md5_are_checked(server, tmp_path):
         fetch(server, tmp_path, "/good", size=7)
     with pytest.raises(DownloadError, match="md5 is"):
         fetch(server, tmp_path, "/good", sha256=None, md5="0" * 32)
+
+
+def test_a_disk_that_is_full_is_named_and_the_part_kept(server, tmp_path, monkeypatch):
+    (tmp_path / "file.bin.part").write_bytes(BODY[:1000])
+
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(common, "_download", no_space)
+    with pytest.raises(UsageError, match="file.bin.part: the disk is full.* start the download again") as failed:
+        fetch(server, tmp_path, "/good")
+    assert not isinstance(failed.value, DownloadError) and (tmp_path / "file.bin.part").stat().st_size == 1000
 
 
 # --- archives and caches ---
@@ -465,6 +534,21 @@ def test_archives_are_unpacked_beside_what_is_there(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "c.tar.gz", "out"]
     with pytest.raises(DataError, match="already there"):
         common.extract_archive(tmp_path / "a.zip", target)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_an_archive_that_the_disk_cannot_take_is_not_called_damaged(tmp_path, monkeypatch, kind):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a").write_bytes(b"1")
+    archive = shutil.make_archive(tmp_path / "archive", kind, tmp_path / "in")
+
+    def no_space(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(shutil, "copyfileobj", no_space)
+    monkeypatch.setattr(tarfile, "copyfileobj", no_space)
+    with pytest.raises(UsageError, match="the disk is full") as failed:
+        common.extract_archive(archive, tmp_path / "out")
+    assert not isinstance(failed.value, DataError) and sorted(p.name for p in tmp_path.iterdir()) == ["archive" + Path(archive).name[7:], "in"]
 
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "..\\evil"])

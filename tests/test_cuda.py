@@ -1,14 +1,15 @@
 """What only a GPU can show: whole meta-steps there against the CPU's and against each other. Skipped without one."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import common
 import train_celeba as celeba
 import train_miniimagenet as mini
 import train_omniglot as omniglot
-from common import read_log
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -92,19 +93,34 @@ def test_what_goes_aside_gives_the_same_gradient(images, monkeypatch):
     assert all((found - expected).norm() <= 1e-3 * expected.norm() for found in aside)
 
 
+SHORT = ["--image-size", "32", "--episodes", "12", "--val-every", "6", "--val-episodes", "4", "--test-episodes", "4",
+         "--checkpoint-every", "3", "--log-every", "3", "--queries", "5", *TINY[2:4]]
+
+
 @pytest.mark.parametrize("flags", ["", "--batch-norm support", "--method maml --inner-steps 2", "--method metasgd",
-                                   "--method tnet", "--method cavia",
-                                   "--method fomaml", "--inner-steps 2 --refine", "--task-chunk 1", "--gradient-noise 0.1",
+                                   "--method tnet", "--method cavia", "--method fomaml", "--inner-steps 2 --refine", "--task-chunk 1",
                                    "--backbone wrn28-10 --channels 4 --augment", "--backbone resnet34 --channels 4"])
-def test_a_run_resumes_on_the_other_device(flags, tmp_path):
+def test_a_run_resumes_on_the_other_device(flags, tmp_path, monkeypatch):
     """Half a run here, half on the CPU: what is saved on one device is read on the other."""
-    common = ["--image-size", "32", "--episodes", "12", "--val-every", "6", "--val-episodes", "4", "--test-episodes", "4",
-              "--checkpoint-every", "3", "--log-every", "3", "--queries", "5", *TINY[2:4], "--out", str(tmp_path / "run"), *flags.split()]
-    if "noise" in flags:
-        return mini.main([*common, "--device", "cuda"])
-    mini.main([*common, "--device", "cuda", "--max-minutes", "0.0001"])
-    mini.main([*common, "--device", "cpu", "--resume"])
-    assert [line["episode"] for line in read_log(tmp_path / "run") if "loss" in line][-1] == 12
+    given = [*SHORT, "--out", str(tmp_path / "run"), *flags.split()]
+    save, saved = common.save_checkpoint, []
+
+    def stop_after_the_first(run, state):
+        save(run, state)
+        if not saved:
+            signal.raise_signal(signal.SIGTERM)
+        saved.append(state["now"]["episode"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_checkpoint", stop_after_the_first)
+        mini.main([*given, "--device", "cuda"])
+    assert 0 < saved[-1] < 12
+    mini.main([*given, "--device", "cpu", "--resume"])
+    logged = [line["episode"] for line in common.read_log(tmp_path / "run") if "loss" in line]
+    assert logged == sorted(set(logged)) and logged[-1] == 12
+
+
+def test_a_run_with_noise_in_the_gradient(tmp_path):
+    mini.main([*SHORT, "--out", str(tmp_path / "run"), "--gradient-noise", "0.1", "--device", "cuda"])
 
 
 @pytest.mark.parametrize("method", ["modgrad", "maml"])

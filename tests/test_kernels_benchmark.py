@@ -55,15 +55,20 @@ def test_a_wrong_contender_stops_the_run():
         benchmark.check_agreement({"wrong": benchmark.autograd_passes(wrong, case)}, case, "here")
 
 
+def test_a_device_that_is_none_is_named():
+    with pytest.raises(SystemExit, match="--device 'gpu' is no device: use cpu, cuda or cuda:N"):
+        benchmark.select_device("gpu")
+
+
 def test_command_writes_every_figure_and_says_what_was_not_timed(tmp_path):
     path = tmp_path / "new" / "kernels.json"
     command = [sys.executable, "-m", "kernels.benchmark", "--quick", "--device", "cpu", "--seconds", "0.01",
-               "--contenders", "eager,addcmul,triton", "--json", str(path)]
+               "--threads", "1", "--contenders", "eager,addcmul,triton", "--json", str(path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "not timed: triton: Triton needs a CUDA device" in run.stdout
     written = json.loads(path.read_text())
-    assert "kernels.benchmark --quick" in written["command"] and written["torch"] == torch.__version__
+    assert "kernels.benchmark --quick" in written["command"] and written["torch"] == torch.__version__ and written["threads"] == 1
     assert {(row["pass"], row["contender"]) for row in written["rows"]} == {
         (name, contender) for name in benchmark.PASSES for contender in ("eager", "addcmul")}
     for row in written["rows"]:

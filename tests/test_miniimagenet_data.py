@@ -453,6 +453,23 @@ def test_a_cut_download_resumes(tmp_path, pixels, server, monkeypatch, capsys):
     check_downloaded(tmp_path / "data", pixels, "pickles")
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, UsageError("the disk is full")])
+def test_an_unpacking_that_was_interrupted_starts_again_without_a_new_download(tmp_path, pixels, server, monkeypatch, capsys, fault):
+    monkeypatch.setattr(mini, "MIRRORS", mini.MIRRORS[1:])
+    check = mini._check_standard
+
+    def interrupted(home):
+        raise fault
+    monkeypatch.setattr(mini, "_check_standard", interrupted)
+    with pytest.raises(type(fault) if isinstance(fault, Exception) else fault):
+        mini.download(tmp_path / "data")
+    monkeypatch.setattr(mini, "_check_standard", check)
+    mini.download(tmp_path / "data")
+    check_downloaded(tmp_path / "data", pixels, "csv")
+    assert [path for path, _ in server.requests] == ["/zip/mini.zip"]
+    assert not list((tmp_path / "data/.download").iterdir())
+
+
 def test_when_all_mirrors_fail_the_manual_way_is_told(tmp_path, server, capsys):
     server.files.clear()
     with pytest.raises(DownloadError) as caught:

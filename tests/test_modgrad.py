@@ -444,6 +444,15 @@ def test_released_initialisation_starts_near_zero():
     assert 1e-4 < m[m > 0].mean() < 5e-4
 
 
+def test_tensors_may_be_named_as_a_dictionarys_methods():
+    shapes = {"keys": (4, 3), "pop.values": (5,), "update": (2, 2)}
+    factors = Generator(shapes, 8)(torch.zeros(2, 8))
+    assert {name: (row.shape[1], col.shape[1]) for name, (row, col) in factors.items()} == {
+        "keys": (4, 3), "pop.values": (1, 5), "update": (2, 2)}
+    rates = LearnedRates(shapes, 1)()
+    assert {name: tuple(t.shape) for name, t in rates.items()} == shapes and rates["keys"].dtype == torch.float32
+
+
 def test_factor_sizes():
     assert factor_sizes((64, 64, 3, 3)) == (192, 192)
     assert factor_sizes((64, 32, 3, 3), "natural") == (64, 288)

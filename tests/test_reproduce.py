@@ -1,6 +1,8 @@
 """The queue that runs the whole paper: every command is one, and the queue ends, resumes and names what failed."""
 
-import contextlib
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,8 +33,8 @@ def queue(tmp_path, monkeypatch):
 
     def call(commands, *flags):
         monkeypatch.setattr(reproduce, "cells", lambda: {name: (command, "0.034") for name, command in commands.items()})
-        with contextlib.chdir(tmp_path):       # where there is no data
-            reproduce.main([*map(str, flags), "--into", "paper"])
+        monkeypatch.chdir(tmp_path)            # where there is no data
+        reproduce.main([*map(str, flags), "--into", "paper", "--synthetic"])
         return tmp_path / "paper"
 
     return call
@@ -86,12 +88,11 @@ def test_what_is_done_is_not_run_again(queue):
     assert ((home / "one.txt").read_text(), (home / "one/result.json").stat().st_mtime_ns) == before
 
 
-def test_a_failure_is_named_and_keeps_no_other_run_from_its_end(queue, capsys):
+def test_a_failure_is_named_and_keeps_no_other_run_from_its_end(queue, tmp_path, capsys):
     with pytest.raises(common.UsageError, match=r"1 of 2 runs failed \(bad\)"):
         queue({"bad": f"{TINY} --pixels 5000", "good": TINY}, "all")
-    said = capsys.readouterr()
-    assert "bad: ended with 2, see paper/bad.txt" in said.out + said.err
-    assert "good" in said.out
+    assert "bad: ended with 2, see paper/bad.txt" in capsys.readouterr().out
+    assert runs.result(tmp_path / "paper/good")["iterations"] == 4
 
 
 def test_an_unknown_name_is_refused(queue):
@@ -132,6 +133,46 @@ def test_ctrl_c_leaves_checkpoints_from_which_the_queue_goes_on(queue, tmp_path,
     assert before["iteration"] < result["iterations"] < 1_000_000
     done, text = reproduce.state_of(checkpoint.parent)
     assert not done and text.endswith(f"after {result['iterations']:,} of 1,000,000 iterations")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_no_run_outlives_the_terminal(tmp_path):
+    said = tmp_path / "fig8-nav-maml.txt"
+    queue = subprocess.Popen([sys.executable, str(runs.ROOT / "results/reproduce.py"), "fig8-nav-maml", "--into", str(tmp_path)],
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=runs.ON_CPU)
+    deadline = time.monotonic() + 120
+    while not (said.exists() and "iterations:" in said.read_text()):
+        assert queue.poll() is None and time.monotonic() < deadline, queue.communicate()
+        time.sleep(0.01)
+    os.kill(queue.pid, signal.SIGHUP)
+    queue.communicate(timeout=120)
+    assert queue.returncode == 130 and "interrupted" in said.read_text() and (tmp_path / "fig8-nav-maml/checkpoint.pt").exists()
+
+
+def test_no_run_outlives_a_failure_of_the_queue(queue, tmp_path, monkeypatch):
+    def fail_when_begun(seconds):
+        if (tmp_path / "paper/long/checkpoint.pt").exists():
+            raise ZeroDivisionError
+    monkeypatch.setattr(reproduce.time, "sleep", fail_when_begun)
+    with pytest.raises(ZeroDivisionError):
+        queue({"long": ENDLESS}, "all")
+    assert "interrupted" in (tmp_path / "paper/long.txt").read_text()
+
+
+def test_a_result_that_is_not_finite_is_listed(queue, tmp_path, capsys):
+    run = tmp_path / "paper/one"
+    run.mkdir(parents=True)
+    common.write_result(run, torch.device("cpu"), {"metric": "mse", "value": float("nan"), "ci95": float("inf"), "iterations": 4,
+                                                   "config": {"iterations": 4}})
+    queue({"one": TINY})
+    assert "one  not finite  0.034" in capsys.readouterr().out
+
+
+def test_without_data_nothing_runs_unless_it_may_be_synthetic(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.UsageError, match=r"without data/celeba \(`python train_celeba.py --download` fetches it\) these runs"):
+        reproduce.main(["table3-random10-modgrad"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_prints_and_runs_nothing(queue, tmp_path, capsys):
