@@ -3,7 +3,7 @@
     python train_miniimagenet.py --backbone conv4 --shots 5
 
 is the paper's main cell: ModGrad, Conv-4, 5-way 5-shot, one inner step (paper: 69.17 ± 0.69 %; 1-shot 53.20 ± 0.86 %).
-Without the real images it runs on an embedded SYNTHETIC set. The paper's WRN-28-10 is first trained as a classifier:
+Without the real images it runs on an embedded SYNTHETIC set. WRN-28-10 is first trained as a classifier:
 
     python train_miniimagenet.py --backbone wrn28-10 --method pretrain --out runs/wrn
     python train_miniimagenet.py --backbone wrn28-10 --start-from runs/wrn --freeze-prefix --shots 5
@@ -52,7 +52,7 @@ DRAWN = 5                       # evaluation tasks drawn at once, whatever --eva
 CONVS = ("conv1", "conv2", "conv3", "conv4")
 DEFAULTS = {                    # what differs between the methods
     "modgrad": {"inner_steps": 1, "inner_lr": 0.1},
-    "maml": {"inner_steps": 5, "inner_lr": 0.01},
+    "maml": {"inner_steps": 5, "inner_lr": 0.01},        # of the mean loss; its code's 0.01 is of a sum over the classes
     "metasgd": {"inner_steps": 1, "inner_lr": 0.05},
     "tnet": {"inner_steps": 1, "inner_lr": 2.0},         # its code's 0.4, of a loss that sums over 5 classes and not their mean
     "cavia": {"inner_steps": 2, "inner_lr": 1.0, "adapt": ["context"], "context_dim": 100},
@@ -89,7 +89,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     task.add_argument("--download", action="store_true", help="fetch mini-ImageNet into --data first")
     task.add_argument("--ways", type=positive_int, default=5, help="classes per task (paper: 5)")
     task.add_argument("--shots", type=positive_int, default=5, help="support images per class (paper: 1, 5, 10, 15, 20)")
-    task.add_argument("--queries", type=positive_int, default=15, help="query images per class (paper: 15)")
+    task.add_argument("--queries", type=positive_int, default=15, help="query images per class (released code: 15)")
     task.add_argument("--image-size", type=positive_int, help="pixels per side (default: conv4 84, resnet34 224, wrn28-10 80)")
     task.add_argument("--resize-nearest", action="store_true", help="resize images by their nearest pixels, PIL's default until "
                       "Pillow 7 (2020), so perhaps the paper's, instead of the bicubic filter")
@@ -129,7 +129,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--gradient-noise", type=non_negative_float, default=0.0,
                         help="eta, standard deviation of noise on the inner gradient (Fig. 9)")
     method.add_argument("--batch-norm", choices=("transductive", "support"), default="transductive",
-                        help="query statistics: of all queries together (paper), or of the support set (not transductive)")
+                        help="query statistics: of all queries together (released code), or of the support set (not transductive)")
     method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
                         help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 

@@ -7,6 +7,11 @@ after 100 steps on mini-batches of 20 images (paper: ModGrad 85.1 %, `--method l
 about half a minute per meta-step on one CPU core, 1,000 meta-steps in all. `--protocol few-shot --ways 5 --shots 1` is
 the benchmark of MAML. Without the real images it runs on SYNTHETIC alphabets.
 
+DEVIATION: ModGrad's form for the multi-shot experiment is not public. Here each of the 100 steps is its inner step on
+that mini-batch, with nu from a trial step (Eq. 9: two gradients where the other methods take one). theta learns by LEAP's
+rule along the trajectory, psi by the held-out loss after short unrolls from points of it (--windows, --unroll): so psi
+sees the held-out drawings of the training alphabets, Algorithm 1's validation data, as LEAP, Reptile and FOMAML do not.
+
 Shapes: T tasks, B images of a mini-batch, N images of a task, S = 28 pixels a side, A alphabets, P images of one,
 K characters or mini-batches, C channels, D context size.
 """
@@ -89,7 +94,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=METHODS, default="modgrad",
                         help="the meta-learner; leap and reptile are for multi-shot")
-    method.add_argument("--channels", type=positive_int, default=64, help="filters per convolution (LEAP, paper: 64)")
+    method.add_argument("--channels", type=positive_int, default=64, help="filters per convolution (LEAP: 64)")
     method.add_argument("--inner-steps", type=positive_int, help="K while meta-training (default: multi-shot 100, its "
                         "maml 5; few-shot modgrad 1, maml 5)")
     method.add_argument("--inner-lr", type=positive_float, help="alpha (default: 0.1)")
@@ -750,9 +755,9 @@ def modgrad_direction(learner: Learner, args: argparse.Namespace, steps: Iterabl
                       held_out: Batches, places: list[int], parts: Parts) -> Tensors:
     """Walk the modulated trajectory; at each place psi receives the gradient of a window's held-out loss.
 
-    DEVIATION: the paper does not say how it differentiates through long inner loops. theta_k of a place is a constant
-    for psi, as in WarpGrad; theta learns by LEAP's rule along the trajectory, which led to lower losses on validation
-    alphabets (results/omniglot/candidate-*), or with --theta-update held-out from the windows.
+    DEVIATION: see the head of this file. theta_k of a place is a constant for psi, as in WarpGrad; theta learns by LEAP's
+    rule along the trajectory, which led to lower losses on validation alphabets (results/omniglot/candidate-*), or with
+    --theta-update held-out from the windows.
     """
     from_windows = {name: 0.0 for name in learner.theta}
 
@@ -846,7 +851,7 @@ LOGGED = {"multi-shot": ("loss", "last_loss"), "few-shot": ("loss", "accuracy")}
 
 
 def build_optimisers(learner: Learner, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """theta by SGD (multi-shot, LEAP) or Adam (few-shot); psi by Adam (paper)."""
+    """theta by SGD (multi-shot, LEAP) or Adam (few-shot); psi by Adam."""
     kind = torch.optim.SGD if args.protocol == "multi-shot" else torch.optim.Adam
     psi = [torch.optim.Adam(learner.generator.parameters(), lr=args.psi_lr)] if learner.generator else []
     return [kind(learner.theta.values(), lr=args.meta_lr), *psi]

@@ -431,6 +431,7 @@ def baseline_values(rollouts: Rollouts, gamma: float, ridge: float = 1e-5) -> Te
     """Values (T, R, H) of the linear feature baseline, fitted to the discounted returns of the same roll-outs.
 
     Features [o, o², t, t², t³, 1] with t in steps / 100, one ridge regression per task (Duan et al. 2016, as CAVIA).
+    DEVIATION: of the roll-outs after the update too; CAVIA's code keeps for them the fit of those before it.
     Solved in float64: o and its powers are nearly collinear.
     """
     obs, mask = rollouts.observations.double(), rollouts.mask.double().unsqueeze(-1)

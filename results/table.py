@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from common import mean_ci95  # noqa: E402
+
 DOCUMENTS = HERE.parent / "README.md", HERE / "README.md", HERE / "miniimagenet/README.md"
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
     ("modgrad", "conv4", 1): "53.20 ± 0.86", ("modgrad", "conv4", 5): "69.17 ± 0.69",
@@ -24,7 +27,9 @@ PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % inte
 
 
 def runs(folder):
-    return [(path.parent, json.loads(path.read_text())) for path in sorted((HERE / folder).rglob("result.json"))]
+    """(folder, result) of each run, with the interval that a run has now: older ones have too narrow a one for few tasks."""
+    found = [(path.parent, json.loads(path.read_text())) for path in sorted((HERE / folder).rglob("result.json"))]
+    return [(path, r | ({"ci95": mean_ci95(r["accuracies"])[1]} if r.get("accuracies") else {})) for path, r in found]
 
 
 def glance():
@@ -74,6 +79,8 @@ def glance():
 
 
 def interval(r, digits, unit=1):
+    if None in (r["value"], r["ci95"]):
+        return "not finite"
     return f"{r['value'] / unit:.{digits}f} ± {r['ci95'] / unit:.{digits}f}"
 
 
@@ -103,7 +110,7 @@ def miniimagenet():
         backbone = c["backbone"] + f", {full // c['channels']} times narrower" * (c["channels"] < full)
         trained = f"{r['episodes']:,}" if "episodes" in r else f"{r['updates']:,} batches of {c['batch_size']}"
         rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {backbone} | {c['shots']} | {c['image_size']} | {trained} | "
-                    f"{r['tasks']} {r['split']} tasks | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
+                    f"{r['tasks']} {r['split']} tasks | {percent(r)} | "
                     f"{PAPER.get((c['method'], c['backbone'], c['shots']), '-')} | {device(r)} |")
     return "\n".join(rows)
 
@@ -290,7 +297,7 @@ def celeba():
                                 f"{bound['value']:.4f} ± {bound['ci95']:.4f} | - | {linear['device_name']} | - |")
         loop = "none" if c["method"] == "cnp" else f"{c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
         rows.append(f"| {c['order']} {c['pixels']} | [{c['method']}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
-                    f"{loop} | {r['iterations']:,}, {c['meta_lr_schedule']} rate | {r['value']:.4f} ± {r['ci95']:.4f} | "
+                    f"{loop} | {r['iterations']:,}, {c['meta_lr_schedule']} rate | {interval(r, 4)} | "
                     f"{CELEBA[c['method']][CELLS.index((c['order'], c['pixels']))]:.3f} | {device(r)} |")
     return "\n".join(rows)
 
@@ -309,7 +316,7 @@ def omniglot():
         method = c["method"] + (f", psi at {c['psi_lr']:g}" if c["method"] == "modgrad" and not few else "")
         rows.append(f"| {what} | [{method}{', SYNTHETIC' * r['synthetic']}](results/{folder.relative_to(HERE)}) | "
                     f"{r['meta_steps']:,} x {c['meta_batch']} tasks | {c['inner_steps']} / {c['inner_steps'] if few else c['test_steps']} | "
-                    f"{r['seed']} | {100 * r['value']:.2f} ± {100 * r['ci95']:.2f} | "
+                    f"{r['seed']} | {percent(r)} | "
                     f"{'-' if few else OMNIGLOT.get(c['method'], '-')} | {device(r)} |")
     return "\n".join(rows)
 
