@@ -239,6 +239,7 @@ def test_a_context_is_larger_and_moves_further_on_half_cheetah():
     size = lambda *flags: [getattr(rl.parse_flags(list(flags)), name) for name in ("context_size", "inner_lr")]
     assert size("--method", "cavia") == [5, 1.0] and size("--env", "cheetah-dir", *WEIGHTS) == [5, 0.1]
     assert size("--method", "cavia", "--env", "cheetah-vel") == [50, 10.0]
+    assert size("--method", "maml") == [5, 0.5] and size("--method", "maml", "--env", "cheetah-dir") == size(*WEIGHTS) == [5, 0.1]
     assert size() == [5, 1.0] and size("--env", "cheetah-dir") == [50, 10.0]
     assert size("--method", "cavia", "--env", "cheetah-dir", "--context-size", "2") == [2, 10.0]
 
