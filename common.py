@@ -524,9 +524,10 @@ def _lock(run: Path) -> None:
 
 
 def _unlock(run: Path) -> None:
-    status = os.stat(run)
-    if (folder := _locked.pop((status.st_dev, status.st_ino), None)) is not None:
-        os.close(folder)
+    with contextlib.suppress(OSError):               # the folder was removed: its lock is nobody's concern
+        status = os.stat(run)
+        if (folder := _locked.pop((status.st_dev, status.st_ino), None)) is not None:
+            os.close(folder)
 
 
 def _remove_leftovers(run: Path) -> None:

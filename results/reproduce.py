@@ -17,6 +17,7 @@ trained runs alone. Fig. 7 is `train_celeba.py --figure` of Table 3's runs.
 import argparse
 import contextlib
 import fnmatch
+import functools
 import json
 import shlex
 import signal
@@ -37,6 +38,7 @@ DATA = {"train_miniimagenet.py": "data/mini-imagenet", "train_celeba.py": "data/
 UNITS = "episode", "iteration", "meta_step", "update"
 
 
+@functools.cache
 def cells() -> dict[str, tuple[str, str]]:
     """{name: (command, the paper's number or "-")}; a command names another run's folder as INTO/NAME."""
     found = {}
@@ -52,7 +54,7 @@ def cells() -> dict[str, tuple[str, str]]:
         found[f"table2-wrn28-10-{shots}shot"] = (f"{wrn} --start-from INTO/{PRETRAINED} --freeze-prefix --shots {shots} "
                                                  "--test-episodes 10000", PAPER["modgrad", "wrn28-10", shots])
     for k, (order, pixels) in enumerate(CELLS):
-        given = f"train_celeba.py --order {order} --pixels {pixels} --meta-lr-schedule cosine"      # all methods gain by it
+        given = f"train_celeba.py --order {order} --pixels {pixels} --meta-lr-schedule cosine"      # the rate of the runs in results/celeba
         for method, numbers in CELEBA.items():
             found[f"table3-{order}{pixels}-{method}"] = f"{given} --method {method}", f"{numbers[k]:.3f}"
         # with which ours comes nearer to the paper's number; at 100 pixels the default rate diverges
