@@ -46,7 +46,7 @@ EVALUATION_SEED = 20200823      # of test tasks and their noise: the same for ev
 LAYERS = [f"fc{k}.{kind}" for k in (1, 2, 3) for kind in ("weight", "bias")]
 ADAPT = {"modgrad": ["context"], "maml": [*LAYERS, "log_std"], "cavia": ["context"]}
 WEIGHTS = {"inner_lr": 0.1, "context_size": 5}              # defaults where weights are adapted,
-MAML_ON_NAV = {"inner_lr": 0.5, "context_size": 5}          # MAML's own code's there,
+MAML_ON_NAV = {"inner_lr": 0.5, "context_size": 5}          # but MAML's on navigation, its own code's,
 CONTEXT = {"inner_lr": 1.0, "context_size": 5}              # a context on navigation, a context on half-cheetah: there
 CHEETAH_CONTEXT = {"inner_lr": 10.0, "context_size": 50}    # CAVIA needs more than 5 and 1; public MuJoCo forks have these
 EXTENSIBLE = {"iterations", "test_tasks", "test_rollouts", "updates", "later_rate", "render"}   # no training step needs them
@@ -71,7 +71,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     method.add_argument("--hidden", type=positive_int, default=100, help="width of both hidden layers (paper: 100)")
     method.add_argument("--init-std", type=positive_float, default=1.0,
                         help="sigma of the Gaussian policy at the start, before --action-scale (CAVIA's code: 1)")
-    method.add_argument("--inner-lr", type=positive_float, help="alpha (default: 0.1, maml on nav 0.5; of a context 1, and 10 on half-cheetah)")
+    method.add_argument("--inner-lr", type=positive_float,
+                        help="alpha (default: 0.1, maml on nav 0.5; of a context 1, and 10 on half-cheetah)")
     method.add_argument("--adapt", nargs="+", metavar="NAME", help="tensors that the inner step changes: weights, "
                         "biases and log_std (maml: all of them), or context, numbers that join the observation and are 0 "
                         "before the inner step (cavia, and modgrad, which modulates their gradient)")

@@ -46,7 +46,8 @@ def cells() -> dict[str, tuple[str, str]]:
     for shots in (5, 1):
         for method in ("modgrad", "maml", "metasgd", "tnet"):
             found[f"table2-{method}-{shots}shot"] = f"{conv4} --method {method} --shots {shots}", PAPER.get((method, "conv4", shots), "-")
-        found[f"table2-maml-alpha0.01-{shots}shot"] = f"{conv4} --method maml --inner-lr 0.01 --shots {shots}", PAPER["maml", "conv4", shots]
+        found[f"table2-maml-alpha0.01-{shots}shot"] = (f"{conv4} --method maml --inner-lr 0.01 --shots {shots}",
+                                                       PAPER["maml", "conv4", shots])
         for channels, number in ((64, "-"), (512, PAPER["cavia", "conv4", shots])):
             found[f"table2-cavia{channels}-{shots}shot"] = f"{conv4} --method cavia --channels {channels} --shots {shots}", number
     found[PRETRAINED] = f"{wrn} --method pretrain", "-"
@@ -81,13 +82,15 @@ def cells() -> dict[str, tuple[str, str]]:
     for shots in (5, 1):
         found[f"fig6-resnet34-modgrad-{shots}shot"] = f"{resnet} --shots {shots}", "-"
         for steps in (5, 10, 20, 30):
-            found[f"fig6-resnet34-fomaml-{shots}shot-steps{steps}"] = (f"{resnet} --method fomaml --shots {shots} --inner-steps {steps}", "-")
+            found[f"fig6-resnet34-fomaml-{shots}shot-steps{steps}"] = (
+                f"{resnet} --method fomaml --shots {shots} --inner-steps {steps}", "-")
     for (env, method), number in RL.items():
         found[f"fig8-{env}-{method}"] = f"train_rl.py --env {env} --method {method}", number
     for level in (0.1, 1):
         for shots in (5, 1):
             for method in ("modgrad", "maml", "metasgd", "tnet", "cavia"):
-                found[f"fig9-noise{level:g}-{method}-{shots}shot"] = f"{conv4} --method {method} --shots {shots} --gradient-noise {level:g}", "-"
+                found[f"fig9-noise{level:g}-{method}-{shots}shot"] = (
+                    f"{conv4} --method {method} --shots {shots} --gradient-noise {level:g}", "-")
     return found
 
 
@@ -97,7 +100,8 @@ def for_machine(command: str, gpu: bool) -> list[str]:
     if not gpu or script == "train_rl.py":      # whose simulators run on CPU cores
         return ["--device", "cpu", "--threads", "1"]
     conv4 = "--backbone conv4" in command
-    return {"train_miniimagenet.py": ["--precision", "bf16" if conv4 else "tf32", *["--eval-batch", "25"] * conv4, "--checkpoint-every", "3000"],
+    return {"train_miniimagenet.py": ["--precision", "bf16" if conv4 else "tf32", *["--eval-batch", "25"] * conv4,
+                                      "--checkpoint-every", "3000"],
             "train_omniglot.py": ["--precision", "tf32"],
             "train_celeba.py": ["--eval-batch", "250", "--checkpoint-every", "2500"]}[script]
 
