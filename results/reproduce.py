@@ -8,8 +8,8 @@ NAME's run is the folder INTO/NAME; what its script prints is in INTO/NAME.txt. 
 where the first one ended, whether by Ctrl-C, by a failure or by --minutes, after which what was trained so far is tested. Several
 at once pay on a GPU, more so under NVIDIA's MPS (`nvidia-cuda-mps-control -d`), and on a CPU up to its number of cores.
 
-Where the paper leaves two readings open both are here: MAML's alpha, 0.05, which its authors' 0.01 of a sum over five classes is,
-or 0.01; Table 4 by Algorithm 1 or by the released code (refine); Fig. 5 with 15 images of each class (LEAP's
+Where the paper leaves two readings open both are here: MAML's alpha, 0.01 of the mean loss or 0.05, which its authors' 0.01 of a
+sum over five classes is; Table 4 by Algorithm 1 or by the released code (refine); Fig. 5 with 15 images of each class (LEAP's
 code) or 1 to 25 (imbalanced). Fig. 9's noise is in training and test here; `results/ablations/noise.py` adds it to the test of
 trained runs alone. Fig. 7 is `train_celeba.py --figure` of Table 3's runs.
 """
@@ -46,7 +46,7 @@ def cells() -> dict[str, tuple[str, str]]:
     for shots in (5, 1):
         for method in ("modgrad", "maml", "metasgd", "tnet"):
             found[f"table2-{method}-{shots}shot"] = f"{conv4} --method {method} --shots {shots}", PAPER.get((method, "conv4", shots), "-")
-        found[f"table2-maml-alpha0.01-{shots}shot"] = (f"{conv4} --method maml --inner-lr 0.01 --shots {shots}",
+        found[f"table2-maml-alpha0.05-{shots}shot"] = (f"{conv4} --method maml --inner-lr 0.05 --shots {shots}",
                                                        PAPER["maml", "conv4", shots])
         for channels, number in ((64, "-"), (512, PAPER["cavia", "conv4", shots])):
             found[f"table2-cavia{channels}-{shots}shot"] = f"{conv4} --method cavia --channels {channels} --shots {shots}", number

@@ -43,7 +43,7 @@ def glance():
     link = lambda folder, text: f"[{text}](results/{folder.relative_to(HERE)})"
     ours = lambda folder: [(f, r, r["config"]) for f, r in runs(folder) if r["config"]["method"] == "modgrad"]
 
-    size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84)]
+    size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84) and not varied(run[2])]
     tested = [run for run in size if run[1]["split"] == "test"]
     for shots in sorted({c["shots"] for _, _, c in tested}, reverse=True):
         length = max(r["episodes"] for _, r, c in tested if c["shots"] == shots)
@@ -100,6 +100,7 @@ def miniimagenet():
             what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
             count = len(c["adapt"])
             what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {count} tensor{'s' * (count > 1)}"
+        what += f", u {c['rank']}" * (c["method"] == "modgrad" and c["rank"] != 5)
         what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
         what += f", rate halved every {c['meta_lr_halve_every']:,}" if c.get("meta_lr_halve_every", 10000) != 10000 else ""
@@ -111,8 +112,22 @@ def miniimagenet():
         trained = f"{r['episodes']:,}" if "episodes" in r else f"{r['updates']:,} batches of {c['batch_size']}"
         rows.append(f"| [{what}](results/{folder.relative_to(HERE)}) | {backbone} | {c['shots']} | {c['image_size']} | {trained} | "
                     f"{r['tasks']} {r['split']} tasks | {percent(r)} | "
-                    f"{PAPER.get((c['method'], c['backbone'], c['shots']), '-')} | {device(r)} |")
+                    f"{paper_accuracy(c)} | {device(r)} |")
     return "\n".join(rows)
+
+
+def varied(config):
+    """The flags of Tables 4 and 5 that differ from ModGrad's defaults in one of its runs."""
+    return [flag for flag, (_, default, _) in ABLATIONS.items() if config["method"] == "modgrad" and config[flag] != default]
+
+
+def paper_accuracy(config):
+    """The paper's accuracy of a mini-ImageNet run's method, network, shots and, for Conv-4, values of Tables 4 and 5; or "-"."""
+    flags = varied(config)
+    if len(flags) == 1 and config["backbone"] == "conv4":
+        value = ABLATIONS[flags[0]][2].get(config["shots"], {}).get(config[flags[0]])
+        return f"{value:.2f}" if value else "-"
+    return "-" if flags else PAPER.get((config["method"], config["backbone"], config["shots"]), "-")
 
 
 ABLATIONS = {  # flag -> (what it is, its default, paper's 5-shot and 1-shot accuracy of ModGrad by value, %)
@@ -127,20 +142,24 @@ def of_seed_1():
 
 
 def ablations():
-    """One row a value of one flag, all others at their defaults; the paper's columns have 84 pixels and 50,000 episodes."""
-    rows = ["| what varies | value | 5-shot: ours, % | paper, % | 1-shot: ours, % | paper, % |", "| --- | --- | --- | --- | --- | --- |"]
-    found = [(folder, r, r["config"]) for folder, r in of_seed_1()
-             if r["config"]["method"] == "modgrad" and (r["config"]["gradient_noise"], r["config"]["inner_lr"]) == (0, 0.1)]
+    """One row a value of one flag, all others at their defaults: at the paper's size beside its numbers, then in the short runs."""
+    rows = ["| what varies | value | 5-shot: ours, % | paper, % | 1-shot: ours, % | paper, % | short runs, 5-shot, % | short runs, 1-shot, % |",
+            "| --- |" + " --- |" * 7]
+    short = [(folder, r) for folder, r in of_seed_1() if (r["config"]["gradient_noise"], r["config"]["inner_lr"]) == (0, 0.1)]
+    full = [(folder, r) for folder, r in runs("miniimagenet") if (r["config"]["backbone"], r["config"]["image_size"]) == ("conv4", 84)
+            and (r.get("episodes"), r["seed"], r["config"]["precision"]) == (50_000, 1, "bf16")]
     for flag, (title, _, paper) in ABLATIONS.items():
-        rest = [(other, default) for other, (_, default, _) in ABLATIONS.items() if other != flag]
-        group = {(c["shots"], c[flag]): (folder, r) for folder, r, c in found if all(c[other] == default for other, default in rest)}
-        for value in sorted({value for _, value in group}):
-            cells = []
-            for shots in (5, 1):
-                ours = group.get((shots, value))
-                cells += [f"[{percent(ours[1])}](results/{ours[0].relative_to(HERE)})" if ours else "-",
-                          f"{paper[shots][value]:.2f}" if value in paper[shots] else "-"]
-            rows.append(f"| {title} | {value} | {' | '.join(cells)} |")
+        cells = {}
+        for length, found in (("full", full), ("short", short)):
+            for folder, r in found:
+                c = r["config"]
+                if c["method"] == "modgrad" and set(varied(c)) <= {flag}:
+                    cells[length, c["shots"], c[flag]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
+        for value in sorted({value for _, _, value in cells}):
+            row = [entry for shots in (5, 1) for entry in (cells.get(("full", shots, value), "-"),
+                                                           f"{paper[shots][value]:.2f}" if value in paper[shots] else "-")]
+            row += [cells.get(("short", shots, value), "-") for shots in (5, 1)]
+            rows.append(f"| {title} | {value} | {' | '.join(row)} |")
     return "\n".join(rows)
 
 

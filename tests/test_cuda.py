@@ -23,8 +23,7 @@ def images():
 
 def trajectory(images, device, steps, *flags, dtype=torch.float32):
     """(loss, accuracy) of each step, (steps, 2), and the learner."""
-    short = ["--inner-lr", "0.01"] * ("maml" in flags)      # a longer step multiplies rounding
-    args = mini.parse_flags([*TINY, "--device", str(device), *short, *flags])
+    args = mini.parse_flags([*TINY, "--device", str(device), *flags])
     mini.setup(args)
     learner = mini.build_learner(args, device)
     learner = learner._replace(theta={name: torch.nn.Parameter(t.detach().to(dtype)) for name, t in learner.theta.items()},

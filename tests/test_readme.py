@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import train_miniimagenet
+from results import table
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,6 +25,14 @@ def test_the_example_for_an_own_network_runs():
 def test_the_tables_are_those_of_the_result_files():
     done = subprocess.run([sys.executable, str(ROOT / "results" / "table.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("flags, number", [("", "69.17 ± 0.69"), ("--shots 1 --rank 1", "53.13"), ("--inner-steps 3", "68.42"),
+                                           ("--inner-steps 3 --rank 1", "-"), ("--inner-steps 7", "-"), ("--shots 10 --rank 1", "-"),
+                                           ("--method maml --inner-steps 3", "64.59 ± 0.88"),
+                                           ("--backbone wrn28-10 --inner-steps 2", "-")])
+def test_the_papers_number_is_that_of_the_runs_flags(flags, number):
+    assert table.paper_accuracy(vars(train_miniimagenet.parse_flags(flags.split()))) == number
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "results").rglob("README.md"))]

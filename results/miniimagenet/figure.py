@@ -20,6 +20,7 @@ from table import PAPER  # noqa: E402
 RUNS = {"84px-modgrad-fp32-h200": ("ModGrad, conv3 and conv4, alpha 0.1, float32", "tab:red"),
         "84px-modgrad-seed2-h200": ("the same, bf16, seed 2", "tab:orange"),
         "84px-maml-conv4-alpha3-h200": ("MAML, conv4 alone, alpha 3, bf16", "tab:blue"),
+        "84px-maml-alpha0.05-h200": ("MAML, all layers, 5 steps, alpha 0.05, bf16", "tab:purple"),
         "84px-maml-h200": ("MAML, all layers, 5 steps, alpha 0.01, bf16", "tab:cyan"),
         "84px-cavia-h200": ("CAVIA, 2 steps, bf16", "tab:gray"),
         "84px-modgrad-1shot-bf16": ("ModGrad, conv3 and conv4, alpha 0.1, bf16", "tab:orange"),
