@@ -199,7 +199,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def kernel_of(args: argparse.Namespace, device: torch.device) -> None:
+def use_available_kernel(args: argparse.Namespace, device: torch.device) -> None:
     """A run that was trained on a GPU with --kernel triton is used with the automatic choice where there is none."""
     if args.kernel == "triton" and device.type != "cuda":
         args.kernel = "auto"
@@ -457,7 +457,8 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
 
     `may_change`: settings that this script lets a resumed run change, besides those of MAY_CHANGE.
 
-    Reopening cuts log.jsonl back to where the checkpoint was written. Raises UsageError where a run would be overwritten,
+    Reopening cuts log.jsonl back to where the checkpoint was written; without a checkpoint the run starts afresh, and a log that
+    is there is kept as log.jsonl.old. Raises UsageError where a run would be overwritten,
     continued with other settings, or its checkpoint cannot be read.
     """
     run = Path(out)
@@ -472,8 +473,11 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
             raise UsageError(f"{run} holds a finished run without its checkpoint.pt: put that back, or choose another --out")
         if config_file.exists():
             _check_same(_settings(config_file), json.loads(json.dumps(config)), run, may_change)
+        log, kept = run / "log.jsonl", ""
+        if resume and log.exists() and log.stat().st_size:
+            kept = "; the log there is now log.jsonl.old"
         if resume:
-            print(f"nothing to resume in {run}: starting afresh", file=sys.stderr)
+            print(f"nothing to resume in {run}: starting afresh{kept}", file=sys.stderr)
         try:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -481,7 +485,9 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
         _lock(run)
         _remove_leftovers(run)
         save_atomically(config_file, lambda file: file.write(json.dumps(config, indent=1, sort_keys=True).encode()))
-        (run / "log.jsonl").write_bytes(b"")
+        if kept:
+            log.replace(run / "log.jsonl.old")
+        log.write_bytes(b"")
         return run, None
     _remove_leftovers(run)
     _check_same(_settings(config_file), json.loads(json.dumps(config)), run, may_change)

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, check_finite, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
-                    kernel_of, load_weights, mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float,
-                    positive_int, progress, replays, run_main, save_atomically, setup, takes_cuda_graph, to_device, write_result)
+                    load_weights, mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float,
+                    positive_int, progress, replays, run_main, save_atomically, setup, takes_cuda_graph, to_device,
+                    use_available_kernel, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
 
@@ -602,7 +603,7 @@ def load_run(run: str | Path, device: torch.device) -> tuple[argparse.Namespace,
             raise LookupError(f"no method {recorded['method']}")
         defaults = vars(parse_flags(["--method", recorded["method"]]))         # of flags that are younger than the run
         args = argparse.Namespace(**{**defaults, **recorded})
-        kernel_of(args, device)
+        use_available_kernel(args, device)
         checkpoint = torch.load(Path(run) / "checkpoint.pt", map_location="cpu", weights_only=True)
         learner = build_learner(args, device)
         learner.load(checkpoint["now"]["best"] or checkpoint["weights"])
@@ -693,8 +694,8 @@ def one_at_a_time(learner: Learner, args: argparse.Namespace, batch) -> Tensor:
 
 def benchmark(args: argparse.Namespace, device: torch.device, repeats: int = 21) -> None:
     """--benchmark: images per second of whole meta-steps, ours and the loop over tasks."""
-    if args.method not in ("modgrad", "maml") or "context" in args.adapt or args.outer_pixels < PIXELS or args.refine:
-        raise UsageError("--benchmark compares modgrad or maml on the layers' tensors, all pixels in the outer loss")
+    if args.method not in ("modgrad", "maml") or "context" in args.adapt or args.outer_pixels < PIXELS or args.refine or args.gradient_noise:
+        raise UsageError("--benchmark compares modgrad or maml on the layers' tensors, all pixels in the outer loss, no noise")
     learner, images = build_learner(args, device), torch.from_numpy(synthetic_split("val")).to(device)
     optimiser = torch.optim.Adam(learner.parameters(), lr=args.meta_lr, fused=True)         # one pass over memory
     batch = sample_tasks(images, args, torch.Generator().manual_seed(args.seed))

@@ -740,7 +740,10 @@ def build_learner(args: argparse.Namespace, device: torch.device, classes: int =
     adapted = tuple(args.adapt)
     prefix, suffix = network.split(["head.weight"] if pretraining else adapted)
     if args.freeze_prefix:
-        for name in {name for stage in prefix.stages for name in stage.reads}:
+        if not (frozen := {name for stage in prefix.stages for name in stage.reads}):
+            raise UsageError(f"--freeze-prefix keeps what lies before the first adapted tensor, but nothing lies before {adapted[0]}: "
+                             "name later layers with --adapt")
+        for name in frozen:
             theta[name].requires_grad_(False)
     generator, shapes = None, {name: theta[name].shape for name in adapted}
     if args.method == "modgrad":

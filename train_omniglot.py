@@ -235,13 +235,14 @@ def load_drawings(root: str | Path) -> Drawings:
     return Drawings(images.reshape(-1, DRAWINGS, SIDE, SIDE), alphabets, "omniglot", synthetic=False)
 
 
-def has_data(root: Path) -> bool:
-    return any(path.name != "cache" for path in subfolders(root))
+def find_data(root: Path) -> Path | None:
+    """`root` if it holds a folder that may be data, else None."""
+    return root if any(path.name != "cache" for path in subfolders(root)) else None
 
 
 def read_index(root: Path) -> dict[tuple[str, str], list[Path]]:
     """{(alphabet, character): 20 files}, sorted. Raises DataError where something is missing."""
-    if not has_data(root):
+    if not find_data(root):
         raise DataError(f"no Omniglot in {root.absolute()}; looked for\n{LAYOUTS}\n"
                         f"To download it: python train_omniglot.py --download --data {root}")
     halves = [root / half for half in HALVES if (root / half).is_dir()]
@@ -624,7 +625,7 @@ class Parts(NamedTuple):
     """What a meta-step repeats, on a GPU recorded once and replayed."""
     take_step: Callable[..., Step]          # first_order_step(theta, x, y, running)
     leap_segment: Callable[..., Tensors]    # leap_segment(total, one, two)
-    window: Callable[..., tuple]            # window_gradients(start, batches)
+    window_gradients: Callable[..., tuple]  # window_gradients(start, batches)
 
 
 def launched_parts(learner: Learner, args: argparse.Namespace) -> Parts:
@@ -651,7 +652,7 @@ def make_parts(learner: Learner, args: argparse.Namespace, device: torch.device)
 
     def flat_window(*tensors: Tensor) -> tuple[Tensor, ...]:
         batches = tensors[count:]
-        to_start, to_psi = parts.window(named(tensors), list(zip(batches[::2], batches[1::2])))
+        to_start, to_psi = parts.window_gradients(named(tensors), list(zip(batches[::2], batches[1::2])))
         return *to_start.values(), *to_psi
 
     step_graph, segment_graph, window_graph = replays(flat_step), replays(flat_segment), replays(flat_window)
@@ -665,11 +666,11 @@ def make_parts(learner: Learner, args: argparse.Namespace, device: torch.device)
         groups = total, one.theta, two.theta, one.gradient
         return named(segment_graph(one.losses, two.losses, *(group[name] for group in groups for name in names)))
 
-    def window(start: Tensors, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensors, Sequence[Tensor]]:
+    def recorded_window(start: Tensors, batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensors, Sequence[Tensor]]:
         found = window_graph(*(start[name] for name in names), *itertools.chain(*batches))
         return named(found), found[count:]
 
-    return Parts(take_step, recorded_segment, window)
+    return Parts(take_step, recorded_segment, recorded_window)
 
 
 def trajectory(learner: Learner, args: argparse.Namespace, batches: Batches, running: Running,
@@ -732,7 +733,7 @@ def _ends(steps: Iterable[Step]) -> tuple[Step, Step]:
 DIRECTIONS = {"leap": leap_direction, "reptile": reptile_direction, "fomaml": fomaml_direction}
 
 
-def window(learner: Learner, args: argparse.Namespace, start: Tensors, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def window_losses(learner: Learner, args: argparse.Namespace, start: Tensors, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Losses on the last mini-batch (x, y), of held-out images, (T,), after a differentiable step on each of the others."""
     *support, (x, y) = batches
     for batch in support:
@@ -742,12 +743,12 @@ def window(learner: Learner, args: argparse.Namespace, start: Tensors, batches: 
 
 def window_gradients(learner: Learner, args: argparse.Namespace, start: Tensors,
                      batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensors, Sequence[Tensor]]:
-    """The gradient of each task's `window` with respect to its start, {name: (T, *shape)}, and that of their mean to psi.
+    """The gradient of each task's `window_losses` with respect to its start, {name: (T, *shape)}, and that of their mean to psi.
 
-    batches: as in `window`, x (T, B, 1, S, S) and y (T, B) of each step and, last, of held-out images.
+    batches: as in `window_losses`, x (T, B, 1, S, S) and y (T, B) of each step and, last, of held-out images.
     """
     start, psi = leaves(start), list(learner.generator.parameters())
-    found = torch.autograd.grad(window(learner, args, start, batches).mean(), [*start.values(), *psi])
+    found = torch.autograd.grad(window_losses(learner, args, start, batches).mean(), [*start.values(), *psi])
     return {name: g * len(batches[-1][1]) for name, g in zip(start, found)}, found[len(start):]      # of each task, not the mean
 
 
@@ -765,7 +766,7 @@ def modgrad_direction(learner: Learner, args: argparse.Namespace, steps: Iterabl
         for k, step in enumerate(steps):
             if k in places:
                 taken = [*(batches.take(i) for i in range(k, k + args.unroll)), held_out.take(places.index(k))]
-                to_start, to_psi = parts.window(step.theta, taken)
+                to_start, to_psi = parts.window_gradients(step.theta, taken)
                 for p, g in zip(learner.generator.parameters(), to_psi):
                     g = g / len(places)
                     p.grad = g if p.grad is None else p.grad + g
@@ -791,7 +792,7 @@ def alphabets_step(learner: Learner, args: argparse.Namespace, split: Alphabets,
         held_out = draw_batches(split.held_out, alphabets, 1, args.batch, rng, dtype=dtype)
         start = {name: t.expand(len(alphabets), *t.shape) for name, t in learner.theta.items()}
         support = [batches.take(k) for k in range(args.inner_steps)]
-        loss = window(learner, args, start, [*support, held_out.take(0)]).mean()
+        loss = window_losses(learner, args, start, [*support, held_out.take(0)]).mean()
         loss.backward()
         return loss.detach().expand(2)
     losses: list[Tensor] = []
@@ -1078,7 +1079,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[dict, str
     root = Path(args.data or "data/omniglot")
     if args.download:
         download(root)
-    if args.smoke or not (args.data or args.download or has_data(root)):
+    if args.smoke or not (args.data or args.download or find_data(root)):
         drawings = synthetic_drawings()
         hint = "" if args.smoke else f"; no Omniglot in {root}: see README, 'Data', or pass --download"
         print(f"SYNTHETIC data: procedurally drawn alphabets, not Omniglot{hint}", flush=True)

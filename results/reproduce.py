@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import fnmatch
 import functools
+import importlib
 import json
 import shlex
 import signal
@@ -30,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-from common import UsageError, positive_float, positive_int, progress, run_main, seed_number  # noqa: E402
+from common import MAY_CHANGE, UsageError, positive_float, positive_int, progress, run_main, seed_number  # noqa: E402
 from table import ABLATIONS, CELEBA, CELLS, OMNIGLOT, PAPER, RL  # noqa: E402
 
 PRETRAINED = "table2-wrn28-10-pretrain"      # where WRN-28-10 starts from
@@ -113,8 +114,21 @@ def command_of(name: str, args: argparse.Namespace) -> list[str]:
     return [*words, *for_machine(command, args.gpu), "--seed", str(args.seed), "--out", str(args.into / name), "--resume"]
 
 
-def state_of(run: Path) -> tuple[bool, str]:
-    """Whether a run is done to its end, and what there is of it."""
+def script_of(name: str):
+    """The module of a script, such as train_rl.py."""
+    return importlib.import_module(name.removesuffix(".py"))
+
+
+def settings_of(name: str, args: argparse.Namespace) -> dict:
+    """The flags of a run, by name, but for what depends on the machine or may differ between two halves of a run."""
+    script, *words = command_of(name, args)
+    flags = vars(script_of(script).parse_flags(words))
+    return {flag: value for flag, value in json.loads(json.dumps(flags, default=str)).items() if flag not in MAY_CHANGE | {"precision"}}
+
+
+def state_of(name: str, args: argparse.Namespace) -> tuple[bool, str]:
+    """Whether a run is done to its end, with its present settings, and what there is of it."""
+    run = args.into / name
     try:
         result = json.loads((run / "result.json").read_text())
     except FileNotFoundError:
@@ -127,7 +141,10 @@ def state_of(run: Path) -> tuple[bool, str]:
     text += "not finite" if None in numbers else " ± ".join(f"{scale * number:.{digits}f}" for number in numbers)
     if trained < wanted:
         text += f" after {trained:,} of {wanted:,} {unit.replace('_', '-')}s"
-    return trained >= wanted, text
+    others = [f"{flag} {result['config'][flag]}" for flag, value in settings_of(name, args).items()
+              if result["config"].get(flag, value) != value]
+    text += f" with other settings ({', '.join(others)})" * bool(others)
+    return trained >= wanted and not others, text
 
 
 def trained_minutes(run: Path) -> float:
@@ -149,9 +166,9 @@ def chosen(patterns: list[str]) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def print_list(names: list[str], into: Path) -> None:
+def print_list(names: list[str], args: argparse.Namespace) -> None:
     """One line a run: its name, our number, the paper's, the command."""
-    rows = [(name, state_of(into / name)[1] or "-", cells()[name][1], f"python {cells()[name][0]}") for name in names]
+    rows = [(name, state_of(name, args)[1] or "-", cells()[name][1], f"python {cells()[name][0]}") for name in names]
     widths = [max(len(row[k]) for row in [*rows, ("run", "ours", "paper")]) for k in range(3)]
     for row in [("run", "ours", "paper", "command"), *rows]:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]))
@@ -172,7 +189,7 @@ def start(name: str, args: argparse.Namespace, minutes: float) -> subprocess.Pop
 def work_off(names: list[str], args: argparse.Namespace) -> list[str]:
     """Run what is not done of `names`; returns those that failed or could not start. Leaves none running, whatever happens."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-    waiting = [name for name in names if not state_of(args.into / name)[0]]
+    waiting = [name for name in names if not state_of(name, args)[0]]
     running, failed = {}, []
     with progress(len(names), len(names) - len(waiting), "runs") as bar:
         try:
@@ -181,7 +198,7 @@ def work_off(names: list[str], args: argparse.Namespace) -> list[str]:
                     code = running.pop(name).returncode
                     failed += [name] * (code != 0)
                     bar.update(code == 0)
-                    bar.write(f"{name}: {state_of(args.into / name)[1] if code == 0 else f'ended with {code}, see {args.into / name}.txt'}")
+                    bar.write(f"{name}: {state_of(name, args)[1] if code == 0 else f'ended with {code}, see {args.into / name}.txt'}")
                 for name in list(waiting):
                     start_from = PRETRAINED if f"INTO/{PRETRAINED}" in cells()[name][0] else None
                     if time.monotonic() >= deadline or start_from in failed:
@@ -218,16 +235,17 @@ def main(argv: list[str] | None = None) -> None:
     args.into = args.into or Path("runs/paper-synthetic" if args.synthetic else "runs/paper")
     names = chosen(args.runs or ["all"])
     needed = {script: DATA[script] for name in names if (script := cells()[name][0].split()[0]) in DATA}
-    missing = [f"{folder} (`python {script} --download` fetches it)" for script, folder in needed.items() if not Path(folder).is_dir()]
+    missing = [f"{folder} (`python {script} --download` fetches it)" for script, folder in needed.items()
+               if not (Path(folder).is_dir() and script_of(script).find_data(Path(folder)))]
     if args.runs and missing and not (args.synthetic or args.dry_run):
         raise UsageError(f"without {' and '.join(missing)} these runs would be on SYNTHETIC data: --synthetic runs them so")
     if args.dry_run:
         print(*(shlex.join(["python", *command_of(name, args)]) for name in names), sep="\n")
     elif not args.runs:
-        print_list(names, args.into)
+        print_list(names, args)
     else:
         failed = work_off(names, args)
-        print_list(names, args.into)
+        print_list(names, args)
         if failed:
             raise UsageError(f"{len(failed)} of {len(names)} runs failed ({', '.join(failed)}): their outputs are {args.into}/NAME.txt; "
                              "the same command goes on with them")

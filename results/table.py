@@ -5,6 +5,7 @@ that name. `--check` changes nothing and fails if a document is out of date.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from common import mean_ci95  # noqa: E402
+from common import MAY_CHANGE, mean_ci95  # noqa: E402
+from train_miniimagenet import parse_flags  # noqa: E402
 
 DOCUMENTS = HERE.parent / "README.md", HERE / "README.md", HERE / "miniimagenet/README.md"
 PAPER = {  # Table 2: (method, backbone, shots) -> accuracy, % and its 95 % interval
@@ -43,7 +45,7 @@ def glance():
     link = lambda folder, text: f"[{text}](results/{folder.relative_to(HERE)})"
     ours = lambda folder: [(f, r, r["config"]) for f, r in runs(folder) if r["config"]["method"] == "modgrad"]
 
-    size = [run for run in ours("miniimagenet") if (run[2]["backbone"], run[2]["image_size"]) == ("conv4", 84) and not varied(run[2])]
+    size = [run for run in ours("miniimagenet") if run[2]["backbone"] == "conv4" and usual(run[2])]
     tested = [run for run in size if run[1]["split"] == "test"]
     for shots in sorted({c["shots"] for _, _, c in tested}, reverse=True):
         length = max(r["episodes"] for _, r, c in tested if c["shots"] == shots)
@@ -100,7 +102,8 @@ def miniimagenet():
             what = f"{c['method']}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}"
             count = len(c["adapt"])
             what += f", {c['init']} init, {c['factors']} factors" if c["method"] == "modgrad" else f", {count} tensor{'s' * (count > 1)}"
-        what += f", u {c['rank']}" * (c["method"] == "modgrad" and c["rank"] != 5)
+        what += f", u {c['rank']}" * (c["method"] == "modgrad" and c["rank"] != 5) + ", nu refined" * c.get("refine", False)
+        what += f", noise {c.get('gradient_noise', 0):g}" * bool(c.get("gradient_noise"))
         what += ", pretrained" * bool(c.get("start_from")) + ", frozen prefix" * c.get("freeze_prefix", False)
         what += ", nu normalised" * c.get("normalise_context", False)
         what += f", rate halved every {c['meta_lr_halve_every']:,}" if c.get("meta_lr_halve_every", 10000) != 10000 else ""
@@ -114,6 +117,20 @@ def miniimagenet():
                     f"{r['tasks']} {r['split']} tasks | {percent(r)} | "
                     f"{paper_accuracy(c)} | {device(r)} |")
     return "\n".join(rows)
+
+
+LENGTH = {"shots", "seed", "precision", "episodes", "log_every", "val_every", "val_episodes"}      # of a run and its validation
+
+
+@functools.cache
+def defaults(method, backbone):
+    return json.loads(json.dumps(vars(parse_flags(["--method", method, "--backbone", backbone]))))
+
+
+def usual(config, but=()):
+    """Whether a mini-ImageNet run's method has all its defaults, but for its shots, seed, precision and length and the flags `but`."""
+    given = defaults(config["method"], config["backbone"])
+    return all(config.get(flag, value) == value for flag, value in given.items() if flag not in MAY_CHANGE | LENGTH | set(but))
 
 
 def varied(config):
@@ -145,15 +162,14 @@ def ablations():
     """One row a value of one flag, all others at their defaults: at the paper's size beside its numbers, then in the short runs."""
     rows = ["| what varies | value | 5-shot: ours, % | paper, % | 1-shot: ours, % | paper, % | short runs, 5-shot, % | short runs, 1-shot, % |",
             "| --- |" + " --- |" * 7]
-    short = [(folder, r) for folder, r in of_seed_1() if (r["config"]["gradient_noise"], r["config"]["inner_lr"]) == (0, 0.1)]
-    full = [(folder, r) for folder, r in runs("miniimagenet") if (r["config"]["backbone"], r["config"]["image_size"]) == ("conv4", 84)
+    full = [(folder, r) for folder, r in runs("miniimagenet") if r["config"]["backbone"] == "conv4"
             and (r.get("episodes"), r["seed"], r["config"]["precision"]) == (50_000, 1, "bf16")]
     for flag, (title, _, paper) in ABLATIONS.items():
         cells = {}
-        for length, found in (("full", full), ("short", short)):
+        for length, found, others in (("full", full, {flag}), ("short", of_seed_1(), {flag, "image_size"})):
             for folder, r in found:
                 c = r["config"]
-                if c["method"] == "modgrad" and set(varied(c)) <= {flag}:
+                if c["method"] == "modgrad" and usual(c, others):
                     cells[length, c["shots"], c[flag]] = f"[{percent(r)}](results/{folder.relative_to(HERE)})"
         for value in sorted({value for _, _, value in cells}):
             row = [entry for shots in (5, 1) for entry in (cells.get(("full", shots, value), "-"),
@@ -287,7 +303,11 @@ def context():
 
 
 def folder_of(run):
-    return next(part for part in ("ablations", "miniimagenet") if (HERE / part / run / "result.json").exists())
+    """Where a run that figures were made of is kept. Raises SystemExit if it is not."""
+    for part in ("ablations", "miniimagenet"):
+        if (HERE / part / run / "result.json").exists():
+            return part
+    raise SystemExit(f"error: figures of {run} are in results/ablations, its result.json is not in results: keep both or neither")
 
 
 CELEBA = {  # Table 3: method -> mean squared error of random 10, random 100, ordered 10, ordered 100

@@ -49,6 +49,11 @@ def test_noise_is_measured_once_and_kept(run, tmp_path, monkeypatch):
     monkeypatch.setattr(mini, "evaluate", lambda *arguments: pytest.fail("measured again"))
     call(monkeypatch, noise, run, "--levels", 0, 1000, "--tasks", 6, "--json", path)
     assert path.with_suffix(".png").exists()
+    monkeypatch.setattr(mini, "evaluate", lambda *arguments: [0.25, 0.25])
+    call(monkeypatch, noise, run, "--levels", 0, "--tasks", 6, "--json", path, "--data", tmp_path)
+    again = json.loads(path.read_text())["runs"][run.name]["accuracy"]
+    assert again["0"] == {"value": 0.25, "ci95": 0, "tasks": 6, "data": str(tmp_path), "precision": "fp32"}
+    assert again["1000"] == figures["accuracy"]["1000"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])

@@ -96,6 +96,7 @@ def test_resume_overwrites_no_finished_run_and_no_run_with_other_settings(tmp_pa
             common.open_run(tmp_path, {"seed": 1}, resume)
     (tmp_path / "result.json").unlink()
     assert common.open_run(tmp_path, {"seed": 1}, resume=True)[1] is None and not common.read_log(tmp_path)
+    assert (tmp_path / "log.jsonl.old").read_text() == '{"episode": 1}\n'      # of what the checkpoint is lost
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "result.json", "checkpoint.pt", "notes.tmp", "my.notes.tmp", "checkpoint.pt.tmp"])

@@ -111,6 +111,7 @@ def test_the_nearest_mean_wins():
     (["--method", "pretrain", "--refine"], "--refine"),
     (["--freeze-prefix"], "--start-from"),
     (["--start-from", "no/such/run"], "no/such/run cannot be read as weights"),
+    (["--start-from", "no/such/run", "--freeze-prefix", "--method", "maml"], "nothing lies before conv1.weight"),
     (["--backbone", "resnet34", "--image-size", "24"], "at least 32"),
     (["--backbone", "resnet34", "--image-size", "24", "--method", "maml"], "at least 32"),
 ])

@@ -35,6 +35,13 @@ def test_the_papers_number_is_that_of_the_runs_flags(flags, number):
     assert table.paper_accuracy(vars(train_miniimagenet.parse_flags(flags.split()))) == number
 
 
+def test_a_run_with_another_flag_is_not_beside_tables_4_and_5():
+    config = vars(train_miniimagenet.parse_flags(["--inner-steps", "2", "--shots", "1", "--precision", "bf16"]))
+    assert table.usual(config, {"inner_steps"}) and not table.usual(config)
+    for flag, value in (("refine", True), ("gradient_noise", 0.1), ("init", "released"), ("image_size", 42)):
+        assert not table.usual(config | {flag: value}, {"inner_steps"}), flag
+
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "results").rglob("README.md"))]
 
 

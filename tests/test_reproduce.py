@@ -88,6 +88,15 @@ def test_what_is_done_is_not_run_again(queue):
     assert ((home / "one.txt").read_text(), (home / "one/result.json").stat().st_mtime_ns) == before
 
 
+def test_a_result_of_other_settings_is_not_done(queue, capsys):
+    queue({"one": TINY}, "all")
+    with pytest.raises(common.UsageError, match="1 of 1 runs failed"):
+        queue({"one": TINY}, "all", "--seed", 2)
+    assert "with other settings (seed 1)" in capsys.readouterr().out
+    queue({"one": f"{TINY} --inner-lr 3"})
+    assert "with other settings (inner_lr 10.0)" in capsys.readouterr().out
+
+
 def test_a_failure_is_named_and_keeps_no_other_run_from_its_end(queue, tmp_path, capsys):
     with pytest.raises(common.UsageError, match=r"1 of 2 runs failed \(bad\)"):
         queue({"bad": f"{TINY} --pixels 5000", "good": TINY}, "all")
@@ -111,7 +120,7 @@ def test_what_starts_from_another_run_waits_for_it_and_fails_with_it(queue, tmp_
     assert runs.result(home / "after")["config"]["start_from"] == f"paper/{reproduce.PRETRAINED}"
 
 
-def test_ctrl_c_leaves_checkpoints_from_which_the_queue_goes_on(queue, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_checkpoints_from_which_the_queue_goes_on(queue, tmp_path, monkeypatch, capsys):
     checkpoint = tmp_path / "paper/long/checkpoint.pt"
     deadline = time.monotonic() + 120
 
@@ -131,8 +140,9 @@ def test_ctrl_c_leaves_checkpoints_from_which_the_queue_goes_on(queue, tmp_path,
     assert 0.04 < limit - before["seconds"] / 60 < 0.051
     result = runs.result(checkpoint.parent)
     assert before["iteration"] < result["iterations"] < 1_000_000
-    done, text = reproduce.state_of(checkpoint.parent)
-    assert not done and text.endswith(f"after {result['iterations']:,} of 1,000,000 iterations")
+    capsys.readouterr()
+    queue({"long": ENDLESS})
+    assert f"after {result['iterations']:,} of 1,000,000 iterations  0.034" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
@@ -173,6 +183,11 @@ def test_without_data_nothing_runs_unless_it_may_be_synthetic(tmp_path, monkeypa
     with pytest.raises(common.UsageError, match=r"without data/celeba \(`python train_celeba.py --download` fetches it\) these runs"):
         reproduce.main(["table3-random10-modgrad"])
     assert not list(tmp_path.iterdir())
+    for folder in ("data/celeba", "data/mini-imagenet/.download", "data/omniglot/cache"):       # of a download that failed
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("table3-random10-modgrad", "table2-modgrad-5shot", "fig5-leap"):
+        with pytest.raises(common.UsageError, match="these runs would be on SYNTHETIC data"):
+            reproduce.main([name])
 
 
 def test_a_dry_run_prints_and_runs_nothing(queue, tmp_path, capsys):

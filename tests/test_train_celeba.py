@@ -490,6 +490,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(complete_run, monkeypat
     (["--complete", "no.jpg", "--checkpoint", "no"], "no.jpg is not a readable image"),
     (["--figure", "no/such/run"], "no/such/run holds no run"),
     (["--method", "cavia", "--benchmark"], "--benchmark"),
+    (["--benchmark", "--gradient-noise", "0.1"], "no noise"),
     (["--meta-lr", "1e30"], "non-finite"),
 ])
 def test_bad_input_is_named(flags, message, tmp_path, monkeypatch):

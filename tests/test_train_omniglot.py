@@ -140,7 +140,7 @@ def test_modgrads_windows_equal_the_equations_one_task_at_a_time(flags):
                              dtype=torch.float64).take(0)
     start = omni.leaves(omni.expand(learner.theta, 2))
     support_and_held = [batches.take(1), batches.take(2), held]
-    losses = omni.window(learner, args, start, support_and_held)
+    losses = omni.window_losses(learner, args, start, support_and_held)
     psi = dict(learner.generator.named_parameters())
     wanted = [*psi.values(), *start.values()]
     to_start, to_psi = omni.window_gradients(learner, args, start, support_and_held)     # psi: of the mean over two tasks
@@ -188,7 +188,7 @@ def test_modgrads_meta_step_trains_psi_and_theta(rule, float64):
     psi, to_psi = list(learner.generator.parameters()), 0
     for number, k in enumerate(places):
         taken = [batches.take(k), batches.take(k + 1), held_out.take(number)]
-        loss = omni.window(learner, args, omni.leaves(steps[k].theta), taken).mean()
+        loss = omni.window_losses(learner, args, omni.leaves(steps[k].theta), taken).mean()
         to_psi = to_psi + torch.cat([g.flatten() for g in torch.autograd.grad(loss, psi)]) / len(places)
     found = torch.cat([p.grad.flatten() for p in psi])
     assert (found - to_psi).norm() <= 1e-9 * to_psi.norm()                  # float64
@@ -198,7 +198,7 @@ def test_modgrads_meta_step_trains_psi_and_theta(rule, float64):
         expected = 0
         for number, k in enumerate(places):
             start = omni.leaves(steps[k].theta)
-            loss = omni.window(learner, args, start, [batches.take(k), batches.take(k + 1), held_out.take(number)]).mean()
+            loss = omni.window_losses(learner, args, start, [batches.take(k), batches.take(k + 1), held_out.take(number)]).mean()
             expected = expected + torch.autograd.grad(loss, start["head.weight"])[0].sum(0) / len(places)
     assert torch.allclose(learner.theta["head.weight"].grad, expected, rtol=1e-9, atol=1e-12)      # float64
 

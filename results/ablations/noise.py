@@ -4,7 +4,8 @@
 
 RUNs are run folders of train_miniimagenet.py with their checkpoint.pt; their best weights in validation are tested on the first
 `--tasks` of the test tasks. Whether the paper's noise acts in training too is not said; the runs noise*/ here had it in both.
-noise.json keeps each figure as soon as it is there; those that it has already are not measured again.
+The file keeps each figure as soon as it is there; those that it has already, by the run's name, of as many tasks of the same
+data, are not measured again. Those of results/ are with `--json results/ablations/noise.json`.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_miniimagenet as mini  # noqa: E402
-from common import (UsageError, allow_tf32, describe_machine, kernel_of, mean_ci95, non_negative_float, positive_int, run_main,  # noqa: E402
-                    save_atomically)
+from common import (UsageError, allow_tf32, describe_machine, mean_ci95, non_negative_float, positive_int, run_main,  # noqa: E402
+                    save_atomically, use_available_kernel)
+
+DATA = ROOT / "data/mini-imagenet"
 
 
 def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.Learner]:
@@ -28,7 +31,7 @@ def load_run(run: Path, device: torch.device) -> tuple[argparse.Namespace, mini.
         recorded = json.loads((run / "config.json").read_text())
         recorded["eval_batch"] = mini.DRAWN
         args = argparse.Namespace(**{**vars(mini.parse_flags(["--method", recorded["method"]])), **recorded})
-        kernel_of(args, device)
+        use_available_kernel(args, device)
         allow_tf32(args.precision == "tf32")
         checkpoint = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
         learner = mini.build_learner(args, device)
@@ -44,8 +47,8 @@ def flags_of(doc: str, file: str) -> argparse.ArgumentParser:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--tasks", type=positive_int, default=400, help="test tasks")
     parser.add_argument("--threads", type=positive_int, default=1)
-    parser.add_argument("--data", type=Path, default=ROOT / "data/mini-imagenet")
-    parser.add_argument("--json", type=Path, default=ROOT / "results/ablations" / file)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--json", type=Path, default=ROOT / "runs" / file, help=f"file of the figures (default: runs/{file})")
     return parser
 
 
@@ -62,6 +65,7 @@ def open_runs(flags: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namesp
 def keep(flags: argparse.Namespace, runs: dict, command: str) -> None:
     """Write the figures of all runs, those of earlier calls too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags.json.parent.mkdir(parents=True, exist_ok=True)
     figures = {"command": command, **describe_machine(device), "runs": runs}
     save_atomically(flags.json, lambda file: file.write(json.dumps(figures, indent=1).encode() + b"\n"))
 
@@ -97,10 +101,13 @@ def main() -> None:
     for path, args, learner, images in open_runs(flags):
         run = runs.setdefault(path.name, {"method": args.method, "inner_lr": args.inner_lr, "shots": args.shots, "accuracy": {}})
         for level in flags.levels:
-            if (cell := run["accuracy"].get(f"{level:g}")) is None or cell["tasks"] != flags.tasks:
+            of_these = {"tasks": flags.tasks, "data": None if flags.data == DATA else str(flags.data), "precision": args.precision}
+            cell = run["accuracy"].get(f"{level:g}")
+            if cell is None or any(cell.get(key, default) != of_these[key] for key, default in
+                                   (("tasks", None), ("data", None), ("precision", args.precision))):
                 args.gradient_noise = level
                 value, ci95 = mean_ci95(mini.evaluate(learner, args, images, flags.tasks, f"{path.name}, noise {level:g}"))
-                run["accuracy"][f"{level:g}"] = {"value": value, "ci95": ci95, "tasks": flags.tasks}
+                run["accuracy"][f"{level:g}"] = {"value": value, "ci95": ci95, **of_these}
                 keep(flags, runs, "python results/ablations/noise.py RUN...")
                 print(f"{path.name}, noise {level:g}: {100 * value:.2f} ± {100 * ci95:.2f} %", flush=True)
     draw(flags.json.with_suffix(".png"), runs)
