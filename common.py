@@ -458,8 +458,8 @@ def open_run(out: str | Path, config: dict, resume: bool, may_change: Set[str] =
     `may_change`: settings that this script lets a resumed run change, besides those of MAY_CHANGE.
 
     Reopening cuts log.jsonl back to where the checkpoint was written; without a checkpoint the run starts afresh, and a log that
-    is there is kept as log.jsonl.old. Raises UsageError where a run would be overwritten,
-    continued with other settings, or its checkpoint cannot be read.
+    is there is kept as log.jsonl.old. Raises UsageError where a run would be overwritten, continued with other settings, or its
+    checkpoint cannot be read.
     """
     run = Path(out)
     if run.is_dir():
