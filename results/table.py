@@ -72,7 +72,8 @@ def glance():
                 f"{r['meta_steps']:,} of 1,000 meta-steps, {c['meta_batch']} tasks x {c['inner_steps']} steps, "
                 f"{duration(r['train_seconds'])}{where(r)} |")
     for env, what in (("nav", "navigation"), ("cheetah-dir", "half-cheetah, direction"), ("cheetah-vel", "half-cheetah, velocity")):
-        seeds = [run for run in ours("rl") if run[2]["env"] == env and run[2]["adapt"] == ["context"] and "-kl" not in run[0].name]
+        seeds = [run for run in ours("rl") if run[2]["env"] == env and run[2]["adapt"] == ["context"]
+                 and not re.search("-(kl|first)", run[0].name)]
         numbers = ", ".join(link(f, interval(r, 1)) for f, r, _ in seeds)
         rows.append(f"| {what}: return after one update | {RL[env, 'modgrad']} | {numbers} | "
                     f"{', '.join(str(r['iterations']) for _, r, _ in seeds)} of 500 iterations, "

@@ -3,7 +3,7 @@
 Left: return after one update while meta-training, a line for each seed (the second dashed); right: return of the trained
 policies against the number of updates on 40 fresh tasks, the mean over seeds and a band from the lowest to the highest.
 Of an environment and method only the runs with the most tasks an iteration are drawn, and none named after an alpha or a KL bound
-that is not the default.
+that is not the default, or as the first of two of one seed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def smooth(run):
 
 def figure(env):
     picture, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6), dpi=110)
-    found = [path for path in sorted(HERE.glob(f"{env}-*-seed*/result.json")) if not re.search("-(alpha|kl)", path.parent.name)]
+    found = [path for path in sorted(HERE.glob(f"{env}-*-seed*/result.json")) if not re.search("-(alpha|kl|first)", path.parent.name)]
     results = {path.parent: json.loads(path.read_text()) for path in found}
     for method in COLOURS:
         tasks = {run: r["config"]["meta_batch"] for run, r in results.items() if label(r["config"]) == method}
