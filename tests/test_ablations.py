@@ -168,7 +168,8 @@ def test_what_reaches_the_context_is_nu(run, tmp_path, monkeypatch):
     assert set(found) == {"conv3.weight", "conv4.weight"} and all(len(t) == 7 for parts in found.values() for t in parts)
     path = tmp_path / "context.json"
     call(monkeypatch, context, run, "--tasks", 7, "--json", path)
-    assert json.loads(path.read_text())["runs"][run.name]["tensors"]["conv4.weight"] == pytest.approx(context.describe(*found["conv4.weight"]))
+    kept = json.loads(path.read_text())["runs"][run.name]["tensors"]["conv4.weight"]
+    assert kept == pytest.approx(context.describe(*found["conv4.weight"]), rel=1e-4, abs=1e-6)      # float32, sums on other threads
 
 
 def test_numbers_of_what_reaches_the_context():

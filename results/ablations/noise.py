@@ -103,8 +103,7 @@ def main() -> None:
         for level in flags.levels:
             of_these = {"tasks": flags.tasks, "data": None if flags.data == DATA else str(flags.data), "precision": args.precision}
             cell = run["accuracy"].get(f"{level:g}")
-            if cell is None or any(cell.get(key, default) != of_these[key] for key, default in
-                                   (("tasks", None), ("data", None), ("precision", args.precision))):
+            if cell is None or not of_these.items() <= ({"data": None, "precision": args.precision} | cell).items():      # older ones
                 args.gradient_noise = level
                 value, ci95 = mean_ci95(mini.evaluate(learner, args, images, flags.tasks, f"{path.name}, noise {level:g}"))
                 run["accuracy"][f"{level:g}"] = {"value": value, "ci95": ci95, **of_these}
