@@ -50,11 +50,13 @@ def glance():
     for shots in sorted({c["shots"] for _, _, c in tested}, reverse=True):
         length = max(r["episodes"] for _, r, c in tested if c["shots"] == shots)
         longest = [run for run in tested if (run[2]["shots"], run[1]["episodes"]) == (shots, length)]
-        name = lambda r, c: c["precision"] + f", seed {r['seed']}" * (r["seed"] != 1)
-        numbers = ", ".join(link(f, percent(r)) + f" ({name(r, c)})" * (len(longest) > 1) for f, r, c in longest)
+        best, worst = (pick(longest, key=lambda run: run[1]["value"]) for pick in (max, min))
+        numbers = link(best[0], percent(best[1]))
+        if len(longest) > 1:
+            numbers = f"{link(worst[0], percent(worst[1]))} to {numbers}, [{len(longest)} runs](#mini-imagenet)"
         folder, r, c = min(longest, key=lambda run: run[1]["train_seconds"])
         rows.append(f"| mini-ImageNet, 5-way {shots}-shot, Conv-4: accuracy, % | {PAPER['modgrad', 'conv4', shots]} | {numbers} | "
-                    f"{length:,} of 50,000 episodes, {duration(r['train_seconds'])}{where(r)}{f' ({name(r, c)})' * (len(longest) > 1)} |")
+                    f"{length:,} of 50,000 episodes, {duration(r['train_seconds'])}{where(r)}" + " (bf16)" * (c["precision"] == "bf16") + " |")
     folder, r, c = max((run for run in ours("miniimagenet") if run[2]["backbone"] == "wrn28-10"), key=lambda run: run[1]["episodes"])
     rows.append(f"| mini-ImageNet, 5-way {c['shots']}-shot, WRN-28-10: accuracy, % | {PAPER['modgrad', 'wrn28-10', c['shots']]} | "
                 f"{link(folder, percent(r))} | {160 // c['channels']} times narrower, {c['image_size']} pixels; pretrained, then "
@@ -579,9 +581,87 @@ def resources():
     return "\n".join(rows)
 
 
+def linked(folder, text):
+    return f"[{text}](results/{folder.relative_to(HERE)})"
+
+
+def grid(titles, rows):
+    """A table: titles of the columns, then rows of as many cells."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows))
+
+
+def table2():
+    """Table 2 at full size: one row a method and inner loop, ours beside the paper's at one shot and at five."""
+    label = {"modgrad": "ModGrad", "maml": "MAML", "cavia": "CAVIA, 64 filters", "metasgd": "Meta-SGD", "tnet": "T-Net"}
+    cells = {(method, ""): {} for method in label}
+    for folder, r in runs("miniimagenet"):
+        c = r["config"]
+        full = (c["backbone"], c["image_size"], c["channels"], r["split"]) == ("conv4", 84, 64, "test") and r["episodes"] > 45_000
+        if full and (c["method"] == "maml" or usual(c)):
+            layers = "all layers" if len(c["adapt"]) == 10 else f"{' and '.join(adapted_layers(c))} alone"
+            loop = f", {layers}, {c['inner_steps']} step{'s' * (c['inner_steps'] > 1)}, alpha {c['inner_lr']:g}" * (c["method"] == "maml")
+            text = percent(r) + f", {c['precision']}" + f", seed {r['seed']}" * (r["seed"] != 1)
+            cells.setdefault((c["method"], loop), {}).setdefault(c["shots"], []).append(linked(folder, text))
+    paper = lambda method, loop, shots: "-" if "alone" in loop else PAPER.get((method, "conv4", shots), "-")
+    rows = [[label[method] + loop, *(entry for shots in (1, 5) for entry in ("<br>".join(found.get(shots, "-")), paper(method, loop, shots)))]
+            for (method, loop), found in sorted(cells.items(), key=lambda cell: (list(label).index(cell[0][0]), cell[0][1]))
+            if found or method != "maml"]
+    return grid(["Conv-4", "1-shot: ours, %", "paper, %", "5-shot: ours, %", "paper, %"], rows)
+
+
+def table3():
+    """Table 3: methods after 5,000 and after the paper's 50,000 iterations (40,000 or more), the best linear rule, the paper's numbers."""
+    names, cells = {"modgrad": "ModGrad", "maml": "MAML", "cavia": "CAVIA", "cnp": "CNP"}, {}
+    for folder, r in runs("celeba"):
+        c = r["config"]
+        length = 50_000 if r["iterations"] > 40_000 else r["iterations"]
+        if length in (5_000, 50_000) and (c["order"], c["pixels"]) in CELLS:
+            note = f" ({r['iterations']:,})" * (r["iterations"] != length)
+            cells.setdefault((length, list(names).index(c["method"]), c["inner_steps"] or 0), {})[c["order"], c["pixels"]] = (
+                linked(folder, interval(r, 4) + note))
+    rows = [[f"{list(names.values())[method]}{f', {steps} step' if steps else ''}{'s' * (steps > 1)}", f"{length:,}",
+             *(found.get(cell, "-") for cell in CELLS)] for (length, method, steps), found in sorted(cells.items())]
+    linear = json.loads((HERE / "celeba/linear.json").read_text())["mse"]
+    rows.append(["[best linear rule](results/celeba/linear.py)", "-", *(interval(linear[f"{order} {pixels}"], 4) for order, pixels in CELLS)])
+    rows += [[f"paper: {names[method]}", "50,000", *(f"{value:.3f}" for value in values)] for method, values in CELEBA.items()]
+    return grid(["mean squared error", "iterations", *(f"{order} {pixels}" for order, pixels in CELLS)], rows)
+
+
+def figure5():
+    """Fig. 5's end points: at the paper's size after a part of its meta-steps, and in shorter runs of a smaller network, seed by seed."""
+    names = {"modgrad": "ModGrad", "leap": "LEAP", "reptile": "Reptile", "fomaml": "FOMAML", "maml": "MAML, second order, 5 steps"}
+    columns = {(64, None): "at the paper's size, %", (32, 1000): "small, 1,000 meta-steps, %", (32, 200): "small, 200 meta-steps, seeds 1, 2, %"}
+    cells = {}
+    for folder, r in runs("omniglot"):
+        c = r["config"]
+        column = c["channels"], r["meta_steps"] if c["channels"] == 32 else None
+        chosen = c["method"] != "modgrad" or c["psi_lr"] == (0.0003 if column[1] == 1000 else 0.001)
+        if c["protocol"] == "multi-shot" and not folder.name.startswith("candidate") and column in columns and chosen:
+            note = f" ({r['best_meta_step'] or r['meta_steps']} meta-steps)" * (column[1] is None)
+            cells.setdefault((c["method"], column), []).append(linked(folder, interval(r, 1, 0.01) + note))
+    rows = [[names[method], *(", ".join(cells.get((method, column), "-")) for column in columns), OMNIGLOT.get(method, "-")] for method in names]
+    return grid(["accuracy", *columns.values(), "paper, 1,000 meta-steps, %"], rows)
+
+
+def figure8():
+    """Fig. 8's end points: return after one and after three updates, seed by seed, ModGrad in its default form."""
+    tasks = {"nav": "navigation", "cheetah-dir": "half-cheetah, direction", "cheetah-vel": "half-cheetah, velocity"}
+    names = {"modgrad": "ModGrad", "cavia": "CAVIA", "maml": "MAML"}
+    cells = {}
+    for folder, r in runs("rl"):
+        c = r["config"]
+        if not re.search("-(kl|first|weights|plain|4tasks)", folder.name):
+            note = "" if r["iterations"] == 500 else f" ({r['iterations']} iterations)"
+            cells.setdefault((c["env"], c["method"]), {})[r["seed"]] = linked(folder, interval(r, 1)) + f", {r['returns'][3]:.1f}{note}"
+    seeds = sorted({seed for found in cells.values() for seed in found})
+    rows = [[what, names[method], *(cells[env, method].get(seed, "-") for seed in seeds), RL[env, method]]
+            for env, what in tasks.items() for method in names]
+    return grid(["return after one update, three", "method", *(f"seed {seed}" for seed in seeds), "paper, after one"], rows)
+
+
 def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
-    tables = {table.__name__: table for table in (glance, miniimagenet, ablations, shots, steps, methods, seeds, noise, noise_at_full_size,
+    tables = {table.__name__: table for table in (glance, table2, table3, figure5, figure8, miniimagenet, ablations, shots, steps, methods, seeds, noise, noise_at_full_size,
                                                   modulation, context, celeba, omniglot, rl, ratios, speed, work, throughput,
                                                   scaling, passes, kernels, convolutions, blocks, resources)}
     def table(match):
