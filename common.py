@@ -131,13 +131,22 @@ def add_run_flags(parser: argparse.ArgumentParser, bf16: bool = False) -> None:
     run.add_argument("--precision", choices=("fp32", "tf32", "bf16")[: 2 + bf16], default="fp32", help=text)
 
 
-def parse_smoke(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
-                smoke: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
-    """Parse; with --smoke, `smoke(flags)` are the defaults of flags that are not given."""
+def parse_run(parser: argparse.ArgumentParser, argv: Sequence[str] | None, smoke: Callable[[argparse.Namespace], dict],
+              unread: Callable[[argparse.Namespace], dict]) -> argparse.Namespace:
+    """Parse; with --smoke, `smoke(flags)` are the defaults of flags that are not given.
+
+    `unread(flags)` names what the run would not read, {whose flags these are: names}. Raises UsageError for one of them that has
+    another value than its default: whoever gave it expects that it does something. The sizes of ModGrad's networks are never among
+    them, so that a loop over methods can hand the same ones to all.
+    """
     args = parser.parse_args(argv)
     if args.smoke:
         parser.set_defaults(**smoke(args))
         args = parser.parse_args(argv)
+    for whose, flags in unread(args).items():
+        for flag in flags:
+            if getattr(args, flag) != parser.get_default(flag):
+                raise UsageError(f"--{flag.replace('_', '-')} is {whose} and does nothing here: leave it out")
     return args
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, check_finite, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
-                    load_weights, mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float,
+                    load_weights, mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float,
                     positive_int, progress, replays, run_main, save_atomically, setup, takes_cuda_graph, to_device,
                     use_available_kernel, write_result)
 from kernels import resolve_backend
@@ -122,21 +122,25 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     use.add_argument("--benchmark", action="store_true",
                      help="time meta-training against a loop over tasks, train nothing (needs the tests folder)")
     add_run_flags(parser)
-    return complete(parse_smoke(parser, argv, lambda given: SMOKE))
+    return complete(parse_run(parser, argv, lambda given: SMOKE, unread))
+
+
+def unread(args: argparse.Namespace) -> dict:
+    """Flags that the method does not read: {whose they are: names}."""
+    flags = {}
+    if args.method != "modgrad":
+        flags["for --method modgrad"] = ["refine", "normalise_context"]
+    if args.method == "cnp":
+        flags["for methods with an inner loop"] = ["adapt", "inner_steps", "inner_lr", "gradient_noise", "first_order"]
+    return flags
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
-    for flag in ("adapt", "inner_steps", "inner_lr", "gradient_noise", "first_order"):
-        if args.method == "cnp" and getattr(args, flag):
-            raise UsageError(f"cnp has no inner loop: leave out --{flag.replace('_', '-')}")
     if args.adapt and args.method in ("cavia", "maml") and (args.method == "cavia") != (args.adapt == ["context"]):
         raise UsageError(f"--adapt {' '.join(args.adapt)} with --method {args.method}: cavia adapts its context and nothing else, maml "
                          "adapts layers")
     fill_in(args, DEFAULTS[args.method])
-    for flag in ("refine", "normalise_context"):
-        if getattr(args, flag) and args.method != "modgrad":
-            raise UsageError(f"--{flag.replace('_', '-')} is a variant of ModGrad's context update: use --method modgrad")
     for name in ("pixels", "outer_pixels"):
         if getattr(args, name) > PIXELS:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but an image has {PIXELS} pixels")

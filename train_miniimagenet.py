@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from common import (Aside, DataError, DownloadError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags,
                     append_log, cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
                     first_of_machine, from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run,
-                    parse_smoke, plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays,
+                    parse_run, plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays,
                     run_main, setup, subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, whole_float32,
                     write_result)
 from kernels import resolve_backend
@@ -157,19 +157,25 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
     add_run_flags(parser, bf16=True)
     pretrain = {"episodes": None, "updates": 24, "batch_size": 16}
-    return complete(parse_smoke(parser, argv, lambda given: SMOKE | (pretrain if given.method == "pretrain" else {})))
+    return complete(parse_run(parser, argv, lambda given: SMOKE | (pretrain if given.method == "pretrain" else {}), unread))
+
+
+def unread(args: argparse.Namespace) -> dict:
+    """Flags that the method does not read: {whose they are: names}."""
+    flags = {}
+    if args.method != "modgrad":
+        flags["for --method modgrad"] = ["refine", "normalise_context"]
+    if args.method == "pretrain":
+        flags["for meta-training"] = ["adapt", "inner_steps", "inner_lr", "first_order", "gradient_noise", "episodes", "meta_batch",
+                                      "task_chunk", "meta_lr_halve_every", "compile", "cuda_graph"]
+    else:
+        flags["for --method pretrain (meta-training has --episodes and --meta-batch)"] = ["updates", "batch_size"]
+    return flags
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what depends on the method or on --smoke, and refuse combinations that mean nothing."""
     backbone = BACKBONES[args.backbone]
-    pretraining = args.method == "pretrain"
-    for flag in ("updates", "batch_size"):
-        if getattr(args, flag) and not pretraining:
-            raise UsageError(f"--{flag.replace('_', '-')} is for --method pretrain; meta-training has --episodes and --meta-batch")
-    for flag in ("adapt", "episodes", "compile", "gradient_noise", "inner_lr", "inner_steps"):
-        if pretraining and getattr(args, flag):
-            raise UsageError(f"--{flag.replace('_', '-')} is for meta-training, not for --method pretrain")
     if args.freeze_prefix and not args.start_from:
         raise UsageError("--freeze-prefix keeps weights as they start: give it trained ones with --start-from")
     if args.method == "cavia" and args.backbone != "conv4":
@@ -179,18 +185,13 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
                          "other methods adapt layers")
     fill_in(args, {"meta_lr": 1e-3, "context_dim": 300} | DEFAULTS[args.method])
     fill_in(args, backbone.defaults)
-    if pretraining:
+    if args.method == "pretrain":
         args.episodes = None
     if args.adapt is None:
         args.adapt = backbone.modulated if args.method == "modgrad" else backbone.adapted or every_tensor(args)
     args.first_order |= args.method == "fomaml"
-    for flag in ("refine", "normalise_context"):
-        if getattr(args, flag) and args.method != "modgrad":
-            raise UsageError(f"--{flag.replace('_', '-')} is a variant of ModGrad's context update: use --method modgrad")
     if args.compile and args.gradient_noise:
         raise UsageError("--compile cannot draw --gradient-noise from the run's own generator: leave one of them out")
-    if args.cuda_graph and pretraining:
-        raise UsageError("--cuda-graph is for meta-training")
     if args.smoke:
         if args.data or args.download:
             raise UsageError("--smoke runs on the embedded synthetic data: leave out --data and --download")

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights,
-                    mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float, positive_int, progress,
+                    mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float, positive_int, progress,
                     random_order, replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, whole_float32,
                     write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
@@ -152,7 +152,20 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     use.add_argument("--picture", default="figure5.png", help="file that --figure writes (.png, .pdf, .svg)")
     use.add_argument("--benchmark", action="store_true", help="time meta-steps against a loop over tasks and images")
     add_run_flags(parser, bf16=True)
-    return complete(parse_smoke(parser, argv, lambda given: SMOKE))
+    return complete(parse_run(parser, argv, lambda given: SMOKE, unread))
+
+
+def unread(args: argparse.Namespace) -> dict:
+    """Flags that protocol and method do not read: {whose they are: names}."""
+    flags = {}
+    if args.method not in ("modgrad", "maml"):
+        flags["for --method modgrad or maml"] = ["first_order"]
+    if args.protocol == "few-shot":
+        flags["for --protocol multi-shot"] = ["train_alphabets", "batch", "imbalanced", "benchmark", "theta_update", "windows",
+                                              "unroll"]
+    else:
+        flags["for --protocol few-shot"] = ["shots", "queries", "val_episodes", "test_episodes", "gradient_noise"]
+    return flags
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -165,12 +178,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         if args.data or args.download:
             raise UsageError("--smoke runs on the synthetic alphabets: leave out --data and --download")
     multi_shot = args.protocol == "multi-shot"
-    if multi_shot and args.gradient_noise:
-        raise UsageError("--gradient-noise is for --protocol few-shot")
     if multi_shot and args.adapt and args.method != "modgrad":
         raise UsageError(f"--adapt tells in the multi-shot protocol whose gradient modgrad modulates; with {args.method} all weights move")
-    if not multi_shot and (args.imbalanced or args.benchmark):
-        raise UsageError(f"--{'imbalanced' if args.imbalanced else 'benchmark'} is for --protocol multi-shot")
     defaults = {**PROTOCOLS[args.protocol], **DEFAULTS[args.protocol, args.method]}
     if args.smoke and multi_shot:
         defaults |= {"inner_steps": min(defaults["inner_steps"], 10), "test_steps": 20}

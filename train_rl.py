@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import (HelpFormatter, Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in,
-                    load_weights, mean_ci95, non_negative_float, open_run, parse_smoke, plot_log, positive_float, positive_int,
+                    load_weights, mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float, positive_int,
                     progress, run_main, save_atomically, setup, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
@@ -119,7 +119,13 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                       help="only measure environment steps per second, beside gymnasium's vector environment")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run in under a minute")
     add_run_flags(parser)
-    return complete(parse_smoke(parser, argv, lambda given: SMOKE))
+    return complete(parse_run(parser, argv, lambda given: SMOKE, unread))
+
+
+def unread(args: argparse.Namespace) -> dict:
+    """Flags that method and adapted tensors do not read: {whose they are: names}."""
+    has_context = (args.adapt or ADAPT[args.method]) == ["context"]
+    return {} if has_context else {"for --adapt context": ["context_size"]}
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:

@@ -108,6 +108,7 @@ def test_the_nearest_mean_wins():
     (["--updates", "3"], "--updates is for --method pretrain"),
     (["--method", "pretrain", "--adapt", "head.weight"], "--adapt is for meta-training"),
     (["--method", "pretrain", "--compile"], "--compile is for meta-training"),
+    (["--method", "pretrain", "--meta-batch", "5"], "--meta-batch is for meta-training"),
     (["--method", "pretrain", "--refine"], "--refine"),
     (["--freeze-prefix"], "--start-from"),
     (["--start-from", "no/such/run"], "no/such/run cannot be read as weights"),

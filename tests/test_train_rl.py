@@ -494,6 +494,8 @@ def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     (["--method", "maml", "--adapt", "context"], "maml has none"),
     (["--adapt", "context", "fc1.bias"], "context"),
     (["--method", "maml", "--normalise-context"], "--normalise-context"),
+    (["--method", "maml", "--context-size", "3"], "--context-size is for --adapt context"),
+    (["--adapt", "fc1.weight", "--context-size", "3"], "--context-size is for --adapt context"),
     (["--render", "film.gif"], "--render"),
     (["--env", "cheetah-dir", "--render", "film.avi"], ".mp4"),
     (["--env", "nav", "--hide-x"], "--hide-x"),
