@@ -61,7 +61,7 @@ class DownloadError(UsageError):
 
 
 def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
-    """Call a script's main; UsageError, or that of a file, becomes one line on stderr and status 2, Ctrl-C status 130.
+    """Call a script's main; UsageError, that of a file or of memory becomes one line on stderr and status 2, Ctrl-C status 130.
 
     `several_devices` tells that the script shares out its work when torchrun starts several processes.
     """
@@ -72,9 +72,10 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
         with first_rank_speaks():
             main()
             max_over_ranks(0)                                      # no rank leaves while another still reads from it
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:      # not about a file that cannot be read or written
             raise
+        error = f"not enough memory: {error}" if isinstance(error, MemoryError) else error
         if store is None or store.add("errors", 1) == 1:           # of several ranks, the first to fail says why
             print(f"error: {error}", file=sys.stderr)
         leave(2)
@@ -100,6 +101,8 @@ def _number(kind: type, allowed: str, test: Callable[[float], bool]) -> Callable
 
 
 positive_int = _number(int, "an integer of at least 1", lambda v: v >= 1)
+several_int = _number(int, "an integer of at least 2, without which there is no interval", lambda v: v >= 2)
+share_float = _number(float, "a number of 0 to 1", lambda v: 0 <= v <= 1)
 seed_number = _number(int, "an integer of 0 to 2**63 - 1", lambda v: 0 <= v < 2**63)       # what PyTorch and NumPy both take
 positive_float = _number(float, "a number above 0", lambda v: v > 0)
 non_negative_float = _number(float, "a number of at least 0", lambda v: v >= 0)
@@ -615,12 +618,14 @@ def save_atomically(path: str | Path, write: Callable) -> None:
 def _full_disk_is_named(path: Path, then: str = "use --resume") -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:      # torch.save reports a failed write as RuntimeError
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or (isinstance(error, RuntimeError) and "write" in str(error).lower()):
-            raise UsageError(f"cannot write {path}: the disk is full ({error}); what was there before is kept. "
-                             f"Free some space, then {then}") from None
-        raise
+    except (OSError, RuntimeError) as error:      # torch.save raises RuntimeError, in the course of the failed write's OSError
+        cause = error
+        while cause is not None and getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise UsageError(f"cannot write {path}: the disk is full ({cause}); what was there before is kept. "
+                         f"Free some space, then {then}") from None
 
 
 @contextlib.contextmanager
@@ -797,9 +802,11 @@ def _set_state(part, state) -> None:
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the 95 % interval over independent tasks: 1.96 sigma / sqrt(N), population sigma, as is usual in the field; of
-    fewer than 30 tasks Student's, with the sample's sigma, which for Omniglot's 10 alphabets is 22 % wider."""
+    fewer than 30 tasks Student's, with the sample's sigma, which for Omniglot's 10 alphabets is 22 % wider; nan of a single one."""
     values = np.asarray(values, dtype=np.float64)
-    if 1 < len(values) < 30:
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    if len(values) < 30:
         return float(values.mean()), float(student_quantile(len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return float(values.mean()), float(1.96 * values.std() / math.sqrt(len(values)))
 

@@ -21,8 +21,8 @@ and the task speaks to M through a context vector nu, minus the gradient of the 
 Shapes everywhere: T tasks, N samples of one task, C channels, H and W pixels, D context size.
 
 Three parts, each usable alone: the generator of M, networks as chains of stages whose tensors may be shared by
-all tasks or be given per task, and the inner loop, which knows neither and only needs a function
-``{name: (T, *shape)} -> losses (T,)``. All tasks of a meta-batch are one computation.
+all tasks or be given per task, and the inner loop, which knows no network and only needs a function
+``{name: (T, *shape)} -> losses (T,)``. A call takes all tasks of a meta-batch, on a GPU as one computation.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class Generator(nn.Module):
             if value < 1:
                 raise ValueError(f"{what} must be at least 1, got {value}")
         self.context_dim = context_dim
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.sizes = {name: factor_sizes(shape, factors) for name, shape in shapes.items()}
         self.rows, self.cols = nn.ModuleDict(), nn.ModuleDict()
         for name, (n1, n2) in self.sizes.items():
@@ -137,6 +138,12 @@ class Generator(nn.Module):
     def forward(self, nu: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """nu (T, D) -> {name: (row (T, n1), col (T, n2))}; M = relu(row ⊗ col)."""
         return self._factors(nu, {sister: sister(nu) for sister in self._sisters()})
+
+    def stackable(self) -> bool:
+        """Whether `together` computes what a call does: not if forward is a subclass's, a part was exchanged or hooks see calls."""
+        parts = list(self.modules())
+        return (type(self).forward is Generator.forward and not any(m._forward_hooks or m._forward_pre_hooks for m in parts)
+                and all(type(m) in (nn.ModuleDict, SisterNetwork, nn.Linear) for m in parts[1:]))
 
     def together(self) -> Callable[[Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """`forward` as a function of nu with the present weights, in a fraction of the operations: sister networks of one size
@@ -238,7 +245,7 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
         tasks: T, or None.
         alpha: inner learning rate, a number >= 0, or a tensor (one number of any sign), which receives its meta-gradient.
             Without a generator also {name: tensor} with a rate for every number, as in Meta-SGD (`LearnedRates`).
-        generator: Psi, or None for MAML.
+        generator: Psi, a `Generator` or one derived from it, built for theta's names and shapes; or None for MAML.
         steps: K.
         first_order: treat g and nu as constants in the outer derivative.
         refine: the authors' released code for K > 1: g once at theta^0 and 2K passes from there, of which 2K - 1 refine nu and
@@ -258,16 +265,19 @@ def adapt(loss_fn: Callable[[Tensors], Tensor], theta: Mapping[str, Tensor], tas
     rates = alpha if isinstance(alpha, Mapping) else dict.fromkeys(theta, alpha)
     if rates.keys() != theta.keys() or isinstance(alpha, Mapping) and generator is not None:
         raise ValueError("alpha with a tensor for each name must name what is adapted, and goes without a generator")
-    for rate in rates.values():
+    shapes = {name: tuple(t.shape[given is None:]) for name, t in theta.items()}
+    for name, rate in rates.items():
         _check_steps(steps, tasks, rate)
-    if generator is not None and (absent := theta.keys() - generator.sizes.keys()):
-        raise ValueError(f"the generator was built without {', '.join(sorted(absent))}; it has {', '.join(generator.sizes)}")
-    if noise_std < 0:
-        raise ValueError(f"noise_std must be >= 0, got {noise_std}")
+        if isinstance(alpha, Mapping) and isinstance(rate, Tensor) and rate.shape not in ((), shapes[name]):
+            raise ValueError(f"alpha's rates for {name} must have its shape {shapes[name]}, got {tuple(rate.shape)}")
+    if generator is not None:
+        _check_generator(generator, shapes)
+    if not 0 <= noise_std < math.inf:
+        raise ValueError(f"noise_std must be finite and >= 0, got {noise_std}")
     graph = differentiable and not first_order
     factors = generator
     with torch.enable_grad():
-        if generator is not None and next(iter(theta.values())).is_cuda and not generator._forward_hooks:    # these see each call
+        if generator is not None and next(iter(theta.values())).is_cuda and generator.stackable():
             factors = generator.together()
         current = dict(theta) if given is None else {name: t.expand(tasks, *t.shape) for name, t in theta.items()}
         before = dict(theta)      # current, but without a task dimension where all tasks start alike: a step then reads one theta
@@ -295,6 +305,16 @@ def _check_steps(steps, tasks, alpha) -> None:
         raise ValueError(f"steps must be >= 0 and tasks >= 1, got steps={steps}, tasks={tasks}")
     if not isinstance(alpha, Tensor) and not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be finite and >= 0, got {alpha}")
+
+
+def _check_generator(generator, shapes: Mapping[str, tuple]) -> None:
+    if not isinstance(generator, Generator):
+        raise ValueError(f"generator must be a Generator or derived from it, got {type(generator).__name__}")
+    if absent := shapes.keys() - generator.shapes.keys():
+        raise ValueError(f"the generator was built without {', '.join(sorted(absent))}; it has {', '.join(generator.shapes)}")
+    for name, shape in shapes.items():
+        if generator.shapes[name] != shape:
+            raise ValueError(f"the generator was built for {name} of shape {generator.shapes[name]}, not {shape}")
 
 
 def _no_context(generator: Generator, like: Tensor) -> Tensor:
@@ -344,7 +364,11 @@ def _gradient(loss_fn: Callable[[Tensors], Tensor], at: Tensors, graph: bool) ->
     at = {name: t if graph and t.requires_grad else t.detach().requires_grad_() for name, t in at.items()}
     losses = loss_fn(at)
     if losses.shape != (tasks := len(next(iter(at.values()))),):
-        raise ValueError(f"loss_fn must return one loss per task, shape ({tasks},), got {tuple(losses.shape)}")
+        raise ValueError(f"loss_fn must return one loss per task, shape ({tasks},), as the tensors' first dimension, got "
+                         f"{tuple(losses.shape)}")
+    if not losses.requires_grad:
+        why = "torch.inference_mode() is on: leave it" if torch.is_inference_mode_enabled() else "it is a constant, or detached"
+        raise ValueError(f"the loss does not depend on adapted tensor(s) {', '.join(at)}: {why}")
     grads = torch.autograd.grad(losses.sum(), list(at.values()), create_graph=graph, allow_unused=True)
     unused = [name for name, g in zip(at, grads) if g is None]
     if unused:
@@ -397,6 +421,7 @@ def adapt_linear(loss_fn: Callable[[Tensor], Tensor], x: Tensor, z: Tensor, alph
     _check_steps(steps, len(x), alpha)
     graph, taken = differentiable and not first_order, []
     weight, bias = names
+    _check_generator(generator, {weight: (z.shape[2], x.shape[2]), bias: (z.shape[2],)})
     with torch.enable_grad():
         for _ in range(steps):
             z = taken[-1](z, x) if taken else z

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, check_finite, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
-                    load_weights, mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float,
-                    positive_int, progress, replays, run_main, save_atomically, setup, takes_cuda_graph, to_device,
+                    load_weights, mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float, positive_int,
+                    progress, replays, run_main, save_atomically, setup, several_int, takes_cuda_graph, to_device,
                     use_available_kernel, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
@@ -104,12 +104,12 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                        help="shorten a longer outer gradient to this norm (default: modgrad 0.3, the others never)")
     add_cuda_graph_flag(train)
     train.add_argument("--val-every", type=positive_int, default=500, help="iterations between validations")
-    train.add_argument("--val-images", type=positive_int, default=500, help="validation images, the first ones")
+    train.add_argument("--val-images", type=several_int, default=500, help="validation images, the first ones")
     train.add_argument("--log-every", type=positive_int, default=50, help="iterations per line of log.jsonl")
     train.add_argument("--checkpoint-every", type=positive_int, default=500, help="iterations between checkpoints")
 
     test = parser.add_argument_group("test")
-    test.add_argument("--test-images", type=positive_int, help="test images, the first ones (default: all)")
+    test.add_argument("--test-images", type=several_int, help="test images, the first ones (default: all)")
     test.add_argument("--test-split", choices=("test", "val"), default="test", help="images of the final evaluation")
     test.add_argument("--eval-batch", type=positive_int, default=50, help="images evaluated at once")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
@@ -144,6 +144,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("pixels", "outer_pixels"):
         if getattr(args, name) > PIXELS:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but an image has {PIXELS} pixels")
+    if sum(map(bool, (args.figure, args.complete, args.benchmark))) > 1:
+        raise UsageError("--figure, --complete and --benchmark are three different things to do: name one")
     if bool(args.complete) != bool(args.checkpoint):
         raise UsageError("--complete IMAGE and --checkpoint RUN go together")
     if not args.picture.endswith((".png", ".pdf", ".svg")):
@@ -194,7 +196,7 @@ def list_images(home: Path) -> dict[str, list[Path]]:
     present = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".jpg")}
     text = partition.read_bytes() if partition.exists() else official_partition(present, folder)
     files = {split: [] for split in SPLITS}
-    for number, line in enumerate(text.decode("utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(text.decode("utf-8", errors="replace").rstrip().splitlines(), start=1):
         if not (match := re.fullmatch(r"(\d{6}\.jpg)\s+([012])\s*", line)):
             raise DataError(f"{partition} line {number}: {line[:80]!r} is not a name NNNNNN.jpg and 0 (train), 1 (val) "
                             "or 2 (test)")

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from common import (Aside, DataError, DownloadError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags,
                     append_log, cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files,
                     first_of_machine, from_first_rank, join_streams, load_weights, mean_ci95, non_negative_float, open_run,
-                    parse_run, plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays,
-                    run_main, setup, subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, whole_float32,
+                    parse_run, plot_log, positive_float, positive_int, progress, random_order, rank, ranks, replays, run_main,
+                    setup, several_int, subfolders, sum_gradients, sum_over_ranks, takes_cuda_graph, to_device, whole_float32,
                     write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, LearnedRates, Transforms, adapt, conv4, resnet34, wide_resnet28
@@ -146,12 +146,12 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                        "pretrain: of SGD, falling as a cosine (0.1)")
     train.add_argument("--meta-lr-halve-every", type=positive_int, default=10_000, help="episodes (paper: 10,000)")
     train.add_argument("--val-every", type=positive_int, default=2_500, help="training episodes between validations")
-    train.add_argument("--val-episodes", type=positive_int, default=400, help="validation tasks (released code: 400)")
+    train.add_argument("--val-episodes", type=several_int, default=400, help="validation tasks (released code: 400)")
     train.add_argument("--log-every", type=positive_int, default=60, help="training episodes per line of log.jsonl")
     train.add_argument("--checkpoint-every", type=positive_int, default=300, help="training episodes between checkpoints")
 
     test = parser.add_argument_group("test")
-    test.add_argument("--test-episodes", type=positive_int, default=600, help="test tasks (paper: 600)")
+    test.add_argument("--test-episodes", type=several_int, default=600, help="test tasks (paper: 600)")
     test.add_argument("--test-split", choices=("test", "val"), default="test", help="classes of the final evaluation")
     test.add_argument("--eval-batch", type=positive_int, default=5, help="tasks evaluated at once")
     test.add_argument("--smoke", action="store_true", help="a complete tiny run on SYNTHETIC data in under a minute")
@@ -341,14 +341,17 @@ def _index_csv(home):
 def _csv_rows(path):
     """Yield (line number, filename, label)."""
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        if header != ["filename", "label"]:
-            raise DataError(f"{path}: columns are {header}, expected ['filename', 'label']")
-        for row in rows:
-            if len(row) != 2 or not all(row):
-                raise DataError(f"{path} line {rows.line_num}: {row} is not a filename and a label")
-            yield rows.line_num, *row
+        try:
+            rows = csv.reader(file)
+            header = next(rows, [])
+            if header != ["filename", "label"]:
+                raise DataError(f"{path}: columns are {header}, expected ['filename', 'label']")
+            for row in filter(None, rows):
+                if len(row) != 2 or not all(row):
+                    raise DataError(f"{path} line {rows.line_num}: {row} is not a filename and a label")
+                yield rows.line_num, *row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} cannot be read as a csv file in UTF-8 ({error})") from None
 
 
 def _index_folders(home):
@@ -771,7 +774,7 @@ def start_from(learner: Learner, path: str) -> None:
             t.copy_(stored[name])
         elif not name.startswith("head."):
             has = tuple(stored[name].shape) if isinstance(stored.get(name), Tensor) else "nothing"
-            raise UsageError(f"--start-from {path} does not fit this --backbone and --channels: {name} should be "
+            raise UsageError(f"--start-from {path} does not fit this --method, --backbone and --channels: {name} should be "
                              f"{tuple(t.shape)}, it has {has}")
 
 
@@ -1003,7 +1006,8 @@ def evaluate(learner: Learner, args: argparse.Namespace, images: Tensor, episode
             for results, support_x, support_y, query_x, query_y in zip(batch.split(args.eval_batch), *tasks) if mine else ():
                 logits = adapt_and_predict(learner, args, to_input(support_x, args), support_y, to_input(query_x, args),
                                            noise_rng, train=False)
-                results.copy_((logits.argmax(-1) == query_y).float().mean(1))
+                right = (logits.argmax(-1) == query_y) & logits.isfinite().all(-1)      # of nan, argmax would answer the first class
+                results.copy_(right.float().mean(1))
             bar.update(len(batch))
     sum_over_ranks([accuracies])      # the other ranks' tasks are zero here
     return accuracies.tolist()

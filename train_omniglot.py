@@ -40,14 +40,14 @@ from torch import Tensor, nn
 from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_graph_flag, add_run_flags, append_log,
                     cached_array, copy_weights, extract_archive, fetch_file, fill_in, fingerprint_files, load_weights,
                     mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float, positive_int, progress,
-                    random_order, replays, run_main, save_atomically, setup, subfolders, takes_cuda_graph, to_device, whole_float32,
-                    write_result)
+                    random_order, replays, run_main, save_atomically, setup, several_int, subfolders, takes_cuda_graph,
+                    to_device, whole_float32, write_result)
 from kernels import batch_norm, conv2d, modulated_step, resolve_backend
 from modgrad import Chain, Generator, adapt, check_names, conv4
 
 # --- flags -----------------------------------------------------------------------------------------------------------
 
-EVALUATION_SEED = 20200823      # of validation and test tasks: the same for every run, so that results compare
+EVALUATION_SEED = 20200823      # of validation and test tasks: the same for every run (multi-shot: whose seed draws the same alphabets)
 DRAWN = 10                      # few-shot evaluation tasks drawn at once, whatever --eval-batch is: else it would choose them
 SIDE = 28                       # pixels per side, in every protocol on Omniglot
 BLOCKS = range(1, 5)            # of the network
@@ -132,7 +132,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add_cuda_graph_flag(train)
     train.add_argument("--val-every", type=positive_int, help="meta-steps between validations (default: multi-shot 20, "
                        "few-shot 1000); the best weights are tested, those of the end where none was made")
-    train.add_argument("--val-episodes", type=positive_int, default=200, help="few-shot: validation tasks")
+    train.add_argument("--val-episodes", type=several_int, default=200, help="few-shot: validation tasks")
     train.add_argument("--log-every", type=positive_int, help="meta-steps per line of log.jsonl (default: multi-shot 10, "
                        "few-shot 20)")
     train.add_argument("--checkpoint-every", type=positive_int, help="meta-steps between checkpoints (default: multi-shot 10, "
@@ -141,7 +141,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     test = parser.add_argument_group("test")
     test.add_argument("--test-steps", type=positive_int,
                       help="steps at validation and test (default: multi-shot 100, few-shot as in training)")
-    test.add_argument("--test-episodes", type=positive_int, default=600,
+    test.add_argument("--test-episodes", type=several_int, default=600,
                       help="few-shot: test tasks (multi-shot: all 10 test alphabets)")
     test.add_argument("--test-split", choices=("test", "val"), default="test", help="classes of the final evaluation")
     test.add_argument("--eval-batch", type=positive_int, default=10, help="tasks evaluated at once")
@@ -187,6 +187,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     args.test_steps = args.test_steps or (100 if multi_shot else args.inner_steps)
     if multi_shot and args.ways != CHARACTERS:
         raise UsageError(f"--ways is {args.ways}, but a multi-shot task has {CHARACTERS} characters")
+    if args.batch < 2:
+        raise UsageError(f"--batch is {args.batch}, but batch norm needs 2 images")
     if multi_shot and args.method in ("modgrad", "leap", "reptile") and args.inner_steps < 2:
         raise UsageError(f"--inner-steps is {args.inner_steps}, but {args.method} compares successive steps: use 2")
     if multi_shot and args.method == "modgrad" and args.inner_steps < args.unroll + args.windows - 1:
@@ -554,8 +556,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers of each task (T,)."""
-    return (logits.argmax(-1) == labels).float().mean(1)
+    """Share of right answers of each task (T,); where a logit is not finite, argmax would answer the first class: that is wrong."""
+    return ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).float().mean(1)
 
 
 def adapt_and_predict(learner: Learner, args: argparse.Namespace, support_x: Tensor, support_y: Tensor, query_x: Tensor,

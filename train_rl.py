@@ -36,7 +36,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common import (HelpFormatter, Training, UsageError, add_run_flags, append_log, check_finite, copy_weights, fill_in,
                     load_weights, mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float, positive_int,
-                    progress, run_main, save_atomically, setup, write_result)
+                    progress, run_main, save_atomically, setup, several_int, share_float, write_result)
 from kernels import resolve_backend
 from modgrad import Chain, Generator, Stage, Tensors, adapt, mlp
 
@@ -85,8 +85,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                         help="M at the start of training: 1 (MAML), or PyTorch's default layers (near 0)")
     method.add_argument("--normalise-context", action=argparse.BooleanOptionalAction, default=None,
                         help="modgrad: divide nu by its root mean square; without it psi hardly learns on nav (default: on)")
-    method.add_argument("--gamma", type=positive_float, default=0.95, help="discount (CAVIA's code: 0.95)")
-    method.add_argument("--gae-lambda", type=non_negative_float, default=1.0, help="lambda of GAE (CAVIA's code: 1)")
+    method.add_argument("--gamma", type=share_float, default=0.95, help="discount (CAVIA's code: 0.95)")
+    method.add_argument("--gae-lambda", type=share_float, default=1.0, help="lambda of GAE (CAVIA's code: 1)")
     method.add_argument("--kernel", choices=("auto", "triton", "closed", "eager"), default="auto",
                         help="the modulated update: auto is Triton on CUDA, closed forms on the CPU")
 
@@ -106,7 +106,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--checkpoint-every", type=positive_int, default=10, help="iterations between checkpoints")
 
     test = parser.add_argument_group("test")
-    test.add_argument("--test-tasks", type=positive_int, default=40, help="fresh tasks to evaluate (MAML's code: 40)")
+    test.add_argument("--test-tasks", type=several_int, default=40, help="fresh tasks to evaluate (MAML's code: 40)")
     test.add_argument("--test-rollouts", type=positive_int,
                       help="R of the evaluation, for the updates and the returns (default: --rollouts); more of them show "
                            "what the noise of the inner gradient costs")

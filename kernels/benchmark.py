@@ -22,6 +22,7 @@ step has a linear layer where the network is, and its matrix products count in t
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -404,14 +405,15 @@ def parse_flags(argv: list | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each figure")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--quick", action="store_true", help="conv4 with 4 tasks, 0.1 seconds a figure")
+    parser.add_argument("--quick", action="store_true", help="conv4 with 4 tasks, 0.1 seconds a figure, where nothing else is said")
     args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(sizes=["conv4"], tasks=[4], seconds=0.1)
+        args = parser.parse_args(argv)
     if min(args.tasks) < 1:
         parser.error(f"--tasks must be at least 1, got {min(args.tasks)}")
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be at least 1, got {args.threads}")
-    if args.quick:
-        args.sizes, args.tasks, args.seconds = ["conv4"], [4], 0.1
     return args
 
 
@@ -426,13 +428,14 @@ def main() -> None:
           f"{args.dtype}; kernel \"auto\" means {about['auto_backend']} here")
     skipped = {name: reason for name in args.contenders if (reason := why_not(name, device))}
     with own_stream(device):
-        rows = [row for size in args.sizes for tasks in args.tasks
-                for row in measure(size, tasks, args, device, skipped)]
+        rows = []
+        for size, tasks in itertools.product(args.sizes, args.tasks):
+            rows += measure(size, tasks, args, device, skipped)
+            if args.json:
+                write_json(args.json, {**about, "dtype": args.dtype, "rows": rows, "skipped": skipped})
     print_table(rows)
     for name, reason in skipped.items():
         print(f"not timed: {name}: {reason}")
-    if args.json:
-        write_json(args.json, {**about, "dtype": args.dtype, "rows": rows, "skipped": skipped})
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ def state_of(name: str, args: argparse.Namespace) -> tuple[bool, str]:
         result = json.loads((run / "result.json").read_text())
     except FileNotFoundError:
         return False, "begun" if (run / "checkpoint.pt").exists() else ""
+    except ValueError as error:
+        return False, f"{run / 'result.json'} cannot be read ({error}): remove it"
     unit = next(unit for unit in UNITS if f"{unit}s" in result)
     trained, wanted = result[f"{unit}s"], result["config"][f"{unit}s"]
     scale, digits = {"accuracy": (100, 2), "mse": (1, 4)}.get(result["metric"], (1, 1))

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -224,6 +225,22 @@ def test_torch_writing_to_a_full_device_is_named(tmp_path, monkeypatch):
         common.save_checkpoint(tmp_path, {"weights": torch.zeros(100_000)})
 
 
+def test_a_disk_that_fills_within_a_checkpoint_is_named(tmp_path):
+    """As torch.save writes on after the failure, its own message says nothing of it."""
+    resource = pytest.importorskip("resource")
+    common.open_run(tmp_path, {}, resume=False)
+    common.append_log(tmp_path, {"step": 1})
+    common.save_checkpoint(tmp_path, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        with pytest.raises(UsageError, match="disk is full.* use --resume"):
+            common.save_checkpoint(tmp_path, {"step": 2, "weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 1 and not list(tmp_path.glob("*.tmp"))
+
+
 def test_the_log_refuses_numbers_that_are_not_finite(tmp_path):
     common.open_run(tmp_path, {}, resume=False)
     with pytest.raises(ValueError):
@@ -262,7 +279,8 @@ def test_curves_are_a_picture(tmp_path):
 def test_mean_and_interval():
     mean, half = common.mean_ci95([0.0, 1.0] * 50)
     assert mean == 0.5 and half == pytest.approx(1.96 * 0.5 / 10)
-    assert common.mean_ci95([0.25]) == (0.25, 0.0)
+    mean, half = common.mean_ci95([0.25])
+    assert mean == 0.25 and math.isnan(half)
 
 
 def test_the_interval_of_few_values_is_students():

@@ -60,6 +60,12 @@ def test_a_device_that_is_none_is_named():
         benchmark.select_device("gpu")
 
 
+def test_quick_leaves_what_is_given():
+    given = benchmark.parse_flags(["--quick", "--tasks", "3", "--seconds", "0.2"])
+    assert (given.sizes, given.tasks, given.seconds) == (["conv4"], [3], 0.2)
+    assert benchmark.parse_flags(["--quick"]).tasks == [4]
+
+
 def test_command_writes_every_figure_and_says_what_was_not_timed(tmp_path):
     path = tmp_path / "new" / "kernels.json"
     command = [sys.executable, "-m", "kernels.benchmark", "--quick", "--device", "cpu", "--seconds", "0.01",

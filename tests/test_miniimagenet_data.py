@@ -199,7 +199,17 @@ CSV_FAULTS = {
                           "val"), r"class ntrain0 is in both train and val"),
     "empty": (edit_rows(lambda rows: rows[:1], "test"), r"the test split is missing or empty"),
     "empty file": (edit_rows(lambda rows: []), r"columns are \[\]"),
+    "encoding": (lambda root: (root / "train.csv").write_text((root / "train.csv").read_text(), encoding="utf-16"),
+                 r"train\.csv cannot be read as a csv file in UTF-8"),
+    "long field": (edit_rows(lambda rows: [*rows, ("a" * 140_000, "b")]), r"train\.csv cannot be read as a csv file"),
 }
+
+
+def test_csv_files_may_have_a_byte_order_mark_and_blank_lines(tmp_path, pixels):
+    write_csv(tmp_path, pixels)
+    text = (tmp_path / "val.csv").read_text()
+    (tmp_path / "val.csv").write_text(text.replace("\n", "\n\n"), encoding="utf-8-sig")
+    assert sorted(mini.load_split(tmp_path, "val", 8).names) == sorted(pixels["val"])
 
 
 @pytest.mark.parametrize("fault", CSV_FAULTS)

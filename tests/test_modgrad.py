@@ -578,6 +578,17 @@ def test_mlp_regression_equals_naive():
     (lambda t, c, p, l: adapt(l, t, 2, 0.1, noise_std=-1), "noise_std"),
     (lambda t, c, p, l: adapt(l, t, 2, 0.1, refine=True), "generator"),
     (lambda t, c, p, l: adapt(l, t, 2, 0.1, Generator({"conv1.weight": (4, 3, 3, 3)})), "built without .*head.weight.*has conv1.weight"),
+    (lambda t, c, p, l: adapt(l, {"w": torch.zeros(6, 4)}, 2, 0.1, Generator({"w": (4, 6)})), r"for w of shape \(4, 6\), not \(6, 4\)"),
+    (lambda t, c, p, l: adapt(l, {"w": torch.zeros(2, 6)}, None, 0.1, Generator({"w": (2, 6)})), r"for w of shape \(2, 6\), not \(6,\)"),
+    (lambda t, c, p, l: adapt(l, t, 2, 0.1, lambda nu: p(nu)), "derived from it, got function"),
+    (lambda t, c, p, l: adapt(l, {"b": torch.zeros(4)}, 2, {"b": torch.ones(2, 1)}), r"rates for b must have its shape \(4,\), got \(2, 1\)"),
+    (lambda t, c, p, l: adapt(l, t, 2, 0.1, noise_std=float("nan")), "noise_std must be finite"),
+    (lambda t, c, p, l: adapt(lambda p: l(p).detach(), t, 2, 0.1), "does not depend on.*constant, or detached"),
+    (lambda t, c, p, l: torch.inference_mode()(adapt)(l, t, 2, 0.1), "inference_mode"),
+    (lambda t, c, p, l: adapt_linear(l, torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), 0.1, Generator({"w": (5, 4), "b": (5,)})),
+     "built without bias, weight"),
+    (lambda t, c, p, l: adapt_linear(l, torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), 0.1, Generator({"weight": (4, 5), "bias": (5,)})),
+     r"for weight of shape \(4, 5\), not \(5, 4\)"),
     (lambda t, c, p, l: adapt(lambda p: l(p).sum(), t, 2, 0.1), "one loss per task"),
     (lambda t, c, p, l: adapt(lambda p: p["conv1.weight"].flatten(1).sum(1), t, 2, 0.1), "does not depend on.*conv1.bias"),
     (lambda t, c, p, l: Generator({}), "at least one"),
@@ -639,3 +650,19 @@ def test_sister_networks_together_are_those_one_by_one(factors):
 
     for a, b in zip(orders(generator.together()), orders(generator), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_sister_networks_are_not_computed_together_where_that_would_differ():
+    """On a GPU `together` replaces the call; not where a subclass, an exchanged part or a hook makes the call another."""
+    class Doubled(Generator):
+        def forward(self, nu):
+            return {name: (2 * row, col) for name, (row, col) in super().forward(nu).items()}
+
+    make = lambda kind=Generator: kind({"w": (3, 4)}, context_dim=6)
+    exchanged, hooked, before, within = make(), make(), make(), make()
+    exchanged.cols["w"].inner = nn.Sequential(exchanged.cols["w"].inner)
+    hooked.register_forward_hook(lambda *call: None)
+    before.register_forward_pre_hook(lambda *call: None)
+    within.rows["w"].register_forward_hook(lambda module, given, out: 2 * out)
+    assert make().stackable() and make(type("Named", (Generator,), {})).stackable()
+    assert not any(generator.stackable() for generator in (make(Doubled), exchanged, hooked, before, within))

@@ -88,6 +88,14 @@ def test_what_is_done_is_not_run_again(queue):
     assert ((home / "one.txt").read_text(), (home / "one/result.json").stat().st_mtime_ns) == before
 
 
+def test_a_damaged_result_is_told_in_the_list(queue, capsys):
+    home = queue({"one": TINY}, "all")
+    (home / "one/result.json").write_text("{")
+    capsys.readouterr()
+    queue({"one": TINY})
+    assert "one/result.json cannot be read" in capsys.readouterr().out
+
+
 def test_a_result_of_other_settings_is_not_done(queue, capsys):
     queue({"one": TINY}, "all")
     with pytest.raises(common.UsageError, match="1 of 1 runs failed"):

@@ -337,7 +337,7 @@ def test_whole_images_are_resized_split_and_cached(faces, monkeypatch):
 
 def test_a_given_partition_is_followed(faces):
     names = sorted(path.name for path in (faces / "img_align_celeba").iterdir())
-    (faces / "list_eval_partition.txt").write_text("".join(f"{name} {k % 3}\n" for k, name in enumerate(names)))
+    (faces / "list_eval_partition.txt").write_text("".join(f"{name} {k % 3}\n" for k, name in enumerate(names)) + "\n")
     assert [path.name for path in celeba.list_images(faces)["val"]] == names[1::3]
 
 
@@ -487,6 +487,7 @@ def test_a_run_is_not_overwritten_nor_resumed_as_another(complete_run, monkeypat
     (["--smoke", "--download"], "--smoke"),
     (["--kernel", "triton"], "triton"),
     (["--complete", "photo.jpg"], "--checkpoint"),
+    (["--complete", "photo.jpg", "--checkpoint", "run", "--figure", "run"], "name one"),
     (["--complete", "no.jpg", "--checkpoint", "no"], "no.jpg is not a readable image"),
     (["--figure", "no/such/run"], "no/such/run holds no run"),
     (["--method", "cavia", "--benchmark"], "--benchmark"),

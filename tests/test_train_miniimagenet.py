@@ -1,6 +1,7 @@
 """The training script as its users run it: complete runs, interruption, memory-saving chunks, bad input."""
 
 import functools
+import math
 import os
 import signal
 import sys
@@ -207,6 +208,19 @@ def test_every_method_sees_the_same_evaluation_tasks(monkeypatch):
         mini.evaluate(mini.build_learner(args, torch.device("cpu")), args, images, 6, "test")
     half = len(seen) // 2
     assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:]))
+
+
+def test_logits_that_are_not_finite_are_wrong_answers(monkeypatch):
+    """argmax of nan is the first class, which would make chance of a network that answers nothing."""
+    def answers(learner, args, support_x, support_y, query_x, rng, train):
+        logits = torch.zeros(*query_x.shape[:2], args.ways)
+        logits[0] = math.nan
+        logits[1, :, 1] = math.inf
+        return logits
+    monkeypatch.setattr(mini, "adapt_and_predict", answers)
+    args, images = mini.parse_flags(TINY), mini.to_tensor(mini.synthetic_split("val", image_size=16))
+    accuracies = mini.evaluate(mini.build_learner(args, torch.device("cpu")), args, images, 3, "test")
+    assert accuracies == [0.0, 0.0, pytest.approx(1 / args.ways)]
 
 
 @pytest.mark.skipif("MODGRAD_DATA" not in os.environ, reason="MODGRAD_DATA names no folder with real data")

@@ -619,6 +619,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(number, complete_run, tm
     (["--method", "reptile", "--first-order"], "--first-order is for --method modgrad or maml"),
     (["--picture", "figure"], "--picture figure"),
     (["--data", "no/such/folder"], "no/such/folder"),
+    (["--batch", "1"], "--batch is 1"),
     (["--windows", "4", "--unroll", "2"], "do not fit"),
     (["--inner-steps", "1", "--method", "leap"], "--inner-steps is 1"),
     (["--train-alphabets", "36"], "--train-alphabets"),

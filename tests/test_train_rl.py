@@ -500,6 +500,9 @@ def test_navigation_leaves_mujoco_alone_and_the_benchmark_counts_steps():
     (["--env", "cheetah-dir", "--render", "film.avi"], ".mp4"),
     (["--env", "nav", "--hide-x"], "--hide-x"),
     (["--rollouts", "0"], "rollouts"),
+    (["--gamma", "5"], "'5' is not a number of 0 to 1"),
+    (["--gae-lambda", "1.1"], "'1.1' is not a number of 0 to 1"),
+    (["--test-tasks", "1"], "'1' is not an integer of at least 2"),
     (["--kernel", "triton", "--device", "cpu"], "triton"),
 ])
 def test_bad_flags_are_refused(flags, message, tmp_path, capsys):
