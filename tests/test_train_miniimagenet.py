@@ -120,7 +120,7 @@ def test_chunks_of_tasks_give_the_same_gradients():
 def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkeypatch):
     """Every loss, against autograd through PyTorch's own layers; of the compiler all but its fused arithmetic."""
     def trajectory(path, *flags):
-        short = ["--inner-lr", "0.4"] if method == "tnet" else []             # a longer step multiplies rounding
+        short = ["--inner-lr", "0.1"] if method == "tnet" else []             # a longer step multiplies rounding
         args = mini.parse_flags([*TINY, "--channels", "4", "--method", method, "--inner-steps", "1", *short, *flags])
         torch.manual_seed(0)
         torch.compiler.reset()
@@ -147,7 +147,7 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
     plain = trajectory("plain", "--kernel", "eager")
     # Our own forms round differently, or they were not taken; the compiler's graph is the plain one, maybe to the last bit.
     assert path == "compiled" or not torch.equal(fast, plain)
-    # Adam divides rounding by the gradient's size, so that float32's 1e-7 grows along the way; 1e-5 was seen.
+    # Adam divides rounding by the gradient's size, so that float32's 1e-7 can grow along the way; 2e-4 was seen.
     torch.testing.assert_close(fast, plain, rtol=2e-3, atol=0)
 
 
