@@ -1,54 +1,93 @@
-"""3 x 3 convolutions on CPUs by Winograd's minimal filtering: matrix products with a quarter of the multiplications.
+"""3 x 3 convolutions on CPUs by Winograd's minimal filtering: matrix products with a fourth or a fifth of the multiplications.
 
-Four outputs of a filter with three taps, y_i = sum_t w_t x_(i + t), are y = OUTPUT^T (FILTER w * INPUT x), with 6 products
-instead of 12: polynomials multiplied at the points 0, 1, -1, 1/2, -2 and infinity. A plane is cut into tiles of 4 x 4 outputs
-with their 6 x 6 inputs; in both directions that is 36 products instead of 144, each a matrix product over channels and tiles:
+m outputs of a filter with three taps, y_i = sum_t w_t x_(i + t), are y = output^T (filter w * input x), with m + 2 products
+instead of 3 m: polynomials multiplied at m + 1 points and infinity. A plane is cut into tiles of m x m outputs with their
+inputs; in both directions 6 x 6 outputs are 64 products instead of 324 (4 x 4 are 36 instead of 144, with a third of the
+rounding error: for planes that are so covered with fewer), each a matrix product over channels and tiles:
 
-    y = OUTPUT^T [FILTER w FILTER^T * INPUT x INPUT^T] OUTPUT         dL/dx: the same, of dL/dy and the filter turned round
-    dL/dw = FILTER^T [sum over tiles of OUTPUT dL/dy OUTPUT^T * INPUT x INPUT^T] FILTER
+    y = output^T [filter w filter^T * input x input^T] output         dL/dx: the same, of dL/dy and the filter turned round
+    dL/dw = filter^T [sum over tiles of output dL/dy output^T * input x input^T] filter
 
 Even transforms written in PyTorch are then faster for large planes, if the images go one by one through the same few buffers,
-which stay in cache: with AVX-512, where PyTorch's own are as fast as a matrix product, and with AVX2, where its weight gradients
-are half as fast as its convolutions. All tensors are channels-last, float32 (or float64, for tests).
+which stay in cache: with AVX2, where PyTorch's weight gradients are half as fast as its convolutions, with AVX-512, where both
+are as fast as a matrix product, and for weight gradients on AMD's Zen 5, where both are more than twice as fast as one. All
+tensors are channels-last, float32 (or float64, for tests).
 """
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-FILTER = torch.tensor([[15, 0, 0], [5, 5, 5], [-5, 5, -5], [-16, -8, -4], [1, -2, 4], [0, 0, 15]], dtype=torch.float64) / 15
-INPUT = torch.tensor([[2, -3, -4, 3, 2, 0], [0, -2, 1, 5, 2, 0], [0, 2, -5, 1, 2, 0], [0, -4, -2, 4, 2, 0],
-                      [0, 1, -2, -1, 2, 0], [0, 2, -3, -4, 3, 2]], dtype=torch.float64) / 2
-OUTPUT = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1], [1, -1, 1, -1], [1, 1/2, 1/4, 1/8], [1, -2, 4, -8], [0, 0, 0, 1]],
-                      dtype=torch.float64)
+
+class Filtering(NamedTuple):
+    """Its three matrices, float64: m outputs by n = m + 2 products."""
+    filter: Tensor          # (n, 3)
+    input: Tensor           # (n, n)
+    output: Tensor          # (n, m)
+
+    @property
+    def products(self) -> int:
+        return self.output.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        return self.output.shape[1]
+
+    def tiles(self, x) -> tuple[int, int]:
+        """In a column and in a row of the planes x (N, C, H, W)."""
+        return tuple(-(-size // self.outputs) for size in x.shape[2:])
+
+
+def filtering(*points: float) -> Filtering:
+    """The one that multiplies polynomials at these points and at infinity (Toom and Cook's, transposed)."""
+    at = torch.tensor(points, dtype=torch.float64)
+    infinity = lambda count: torch.eye(count, dtype=at.dtype)[-1:]                          # takes the highest coefficient
+    values = lambda count: torch.cat([at[:, None] ** torch.arange(count), infinity(count)])
+    scale = torch.cat([(at[:, None] - at + torch.eye(len(at))).prod(1), torch.ones(1)])[:, None]
+    n = len(at) + 1
+    return Filtering(values(3) / scale, torch.linalg.inv(values(n)).T * scale, values(n - 2))
+
+
+FOUR, SIX = filtering(0, 1, -1, 1/2, -2), filtering(0, 1, -1, 1/2, -1/2, 2, -2)         # outputs; points of small errors
+
+
+def suitable(x) -> Filtering:
+    """SIX, where it covers the planes x (N, C, H, W) with clearly fewer products; of few tiles, they are slower ones."""
+    products = lambda method: method.products ** 2 * math.prod(method.tiles(x))
+    return SIX if products(SIX) < 0.85 * products(FOUR) and math.prod(SIX.tiles(x)) >= 25 else FOUR
 
 
 class Limits(NamedTuple):
-    """Where it is faster than PyTorch's own. `numbers` are those of a plane's tiles times channels, 36 of which are held in each
-    buffer: few do not pay, many leave the cache."""
-    channels: int           # most that were measured
-    convolve: range         # numbers, for 64 channels or more and one thread
-    weights: dict           # threads: least numbers, for 32 channels or more
+    """Where it is faster than PyTorch's own. `numbers` are those of a plane's tiles of 4 x 4 times channels: few do not pay, and
+    many leave the cache."""
+    most: int               # channels that were measured
+    channels: int           # least for convolve, with one thread
+    numbers: range
+    channels_weights: int   # least for weight_gradient, which pays for less, as PyTorch's is slower than its convolutions
+    numbers_weights: dict   # threads: least numbers
 
 
 # Measured on EPYCs, by PyTorch's name of their instructions.
-LIMITS = {"AVX2": Limits(128, range(2 ** 12, 2 ** 14 + 1), {1: 2 ** 11, 2: 2 ** 12}),
-          "AVX512": Limits(320, range(3000, 2 ** 17), {1: 2 ** 11})}
+LIMITS = {"AVX2": Limits(128, 64, range(2 ** 12, 2 ** 14 + 1), 32, {1: 2 ** 11, 2: 2 ** 12}),
+          "AVX512": Limits(320, 64, range(3000, 2 ** 17), 32, {1: 2 ** 11}),
+          "Zen 5": Limits(320, 128, range(15000, 2 ** 17), 64, {1: 7000})}
 
 
 def pays(x, weight) -> bool:
     """Whether `convolve` is faster than PyTorch's own here, for x (N, C, H, W) and weight (C', C, k, k): by measurement."""
     limits = _limits(x, weight)
-    return (limits is not None and min(weight.shape[:2]) >= 64 and _numbers(x, weight) in limits.convolve
+    return (limits is not None and min(weight.shape[:2]) >= limits.channels and _numbers(x, weight) in limits.numbers
             and torch.get_num_threads() == 1)
 
 
 def pays_for_weights(G, x, weight) -> bool:
-    """Whether `weight_gradient` is, for G (N, C', H, W) too. PyTorch's is slower than its convolutions, so that less is needed."""
+    """Whether `weight_gradient` is, for G (N, C', H, W) too."""
     limits = _limits(x, weight, G)
-    least = limits and limits.weights.get(torch.get_num_threads())
-    return bool(least) and min(weight.shape[:2]) >= 32 and _numbers(x, weight) >= least
+    least = limits and limits.numbers_weights.get(torch.get_num_threads())
+    return bool(least) and min(weight.shape[:2]) >= limits.channels_weights and _numbers(x, weight) >= least
 
 
 def _limits(x, weight, *others) -> Limits | None:
@@ -59,8 +98,16 @@ def _limits(x, weight, *others) -> Limits | None:
     if not (x.dtype == weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and len(x) >= 8 and min(x.shape[2:]) > 20
             and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    limits = LIMITS.get(torch.backends.cpu.get_cpu_capability())
-    return limits if limits and max(weight.shape[:2]) <= limits.channels else None
+    instructions = torch.backends.cpu.get_cpu_capability()
+    limits = LIMITS.get("Zen 5" if instructions == "AVX512" and is_zen5() else instructions)
+    return limits if limits and max(weight.shape[:2]) <= limits.most else None
+
+
+@functools.cache
+def is_zen5() -> bool:
+    """AMD's first CPUs with these instructions, whose 512 bits oneDNN's convolutions use and MKL's products do not."""
+    known = torch.cpu.get_capabilities()
+    return known.get("cpu_name", "").startswith("AMD") and known.get("avx512_vp2intersect", False)
 
 
 def _numbers(x, weight) -> int:
@@ -71,11 +118,11 @@ def convolve(x, weight):
     """x (N, C, H, W), weight (C', C, 3, 3) -> their convolution (N, C', H, W), zero-padded."""
     n, channels, out = len(x), x.shape[1], len(weight)
     tiles = _Tiles(x, out)
-    filters = torch.einsum("ph,qv,ocvh->pqco", tiles.filter, tiles.filter, weight).reshape(36, channels, out)
+    filters = torch.einsum("ph,qv,ocvh->pqco", tiles.filter, tiles.filter, weight).reshape(-1, channels, out)
     y = torch.empty((n, out, *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
     for image, place in zip(x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)):
         torch.bmm(tiles.transform_input(image), filters, out=tiles.products)
-        place.copy_(tiles.transform_products())
+        tiles.transform_products(place)
     return y
 
 
@@ -87,63 +134,69 @@ def input_gradient(G, weight):
 def weight_gradient(G, x):
     """dL/dw (C', C, 3, 3) from G = dL/dy (N, C', H, W)."""
     tiles = _Tiles(x, G.shape[1])
-    sums = x.new_zeros(36, x.shape[1], G.shape[1])
+    sums = x.new_zeros(tiles.n ** 2, x.shape[1], G.shape[1])
     for image, image_G in zip(x.permute(0, 2, 3, 1), G.permute(0, 2, 3, 1)):
         torch.baddbmm(sums, tiles.transform_input(image).mT, tiles.transform_gradient(image_G), out=sums)
-    return torch.einsum("ph,qv,pqco->ocvh", tiles.filter, tiles.filter, sums.unflatten(0, (6, 6))).contiguous()
+    sums = sums.unflatten(0, (tiles.n, tiles.n))
+    return torch.einsum("ph,qv,pqco->ocvh", tiles.filter, tiles.filter, sums).contiguous()
 
 
 class _Tiles:
     """The buffers for one image of x (N, C, H, W) and its output of `out` channels, and the transforms between them.
 
     A transform first takes the columns of the plane, in place: one matrix product for each row of tiles. A copy then puts the
-    tiles side by side, so that their rows are one product too. Of a tile's 6 x 6 numbers p counts along a row, q along a
+    tiles side by side, so that their rows are one product too. Of a tile's n x n numbers p counts along a row, q along a
     column. What a transform returns is a buffer, which the next call overwrites.
     """
 
     def __init__(self, x, out: int):
         channels, height, width = x.shape[1:]
-        down, across = -(-height // 4), -(-width // 4)                     # tiles in a column and in a row of the plane
-        self.filter, self.input, self.output = FILTER.to(x), INPUT.to(x), OUTPUT.to(x)
-        self.down, numbers = down, 36 * down * across
+        method = suitable(x)
+        self.filter, self.input, self.output = (matrix.to(x) for matrix in method)
+        n, m, (down, across) = method.products, method.outputs, method.tiles(x)
+        self.n, self.m, self.down, numbers = n, m, down, n * n * down * across
         a, b, c = (x.new_empty(numbers * max(channels, out)) for _ in range(3))
         take = lambda memory, *shape: memory[: math.prod(shape)].view(shape)
 
-        plane = x.new_zeros(4 * down + 2, 4 * across + 2, channels)
+        plane = x.new_zeros(m * down + 2, m * across + 2, channels)
         row = plane.stride(0)
         self.x = plane[1:height + 1, 1:width + 1]
-        self.x_columns = plane.as_strided((down, 6, row), (4 * row, row, 1))
-        self.x_half = take(a, down, 6, row)
-        self.x_half_tiles = a.as_strided((6, 6, down, across, channels), (channels, row, 6 * row, 4 * channels, 1))
-        self.x_gathered = take(b, 6, 6, down, across, channels)
-        self.x_transformed = take(a, 36, down * across, channels)
+        self.x_columns = plane.as_strided((down, n, row), (m * row, row, 1))
+        self.x_half = take(a, down, n, row)
+        self.x_half_tiles = a.as_strided((n, n, down, across, channels), (channels, row, n * row, m * channels, 1))
+        self.x_gathered = take(b, n, n, down, across, channels)
+        self.x_transformed = take(a, n * n, down * across, channels)
 
-        plane = x.new_zeros(4 * down, 4 * across, out)
-        self.y = plane[:height, :width]
-        self.y_columns = plane.view(down, 4, -1)
-        self.products = take(b, 36, down * across, out)
-        self.y_gathered = take(c, 4, 6, down, across, out)
-        self.y_half, self.G_half = take(a, down, 6, across, 4, out), take(b, down, 6, across, 4, out)
+        self.covered = (height, width) == (m * down, m * across)                     # by whole tiles: then no copy is needed
+        self.y_plane = x.new_zeros(m * down, m * across, out)
+        self.y, self.y_columns = self.y_plane[:height, :width], (down, m, m * across * out)
+        self.products = take(b, n * n, down * across, out)
+        self.y_gathered = take(c, m, n, down, across, out)
+        self.y_half, self.G_half = take(a, down, n, across, m, out), take(b, down, n, across, m, out)
 
     def transform_input(self, image):
         """image (H, W, C) -> (p q, tiles, C)."""
         self.x.copy_(image)
-        torch.bmm(self.input.expand(self.down, 6, 6), self.x_columns, out=self.x_half)
+        torch.bmm(self.input.expand(self.down, -1, -1), self.x_columns, out=self.x_half)
         self.x_gathered.copy_(self.x_half_tiles)
-        torch.mm(self.input, self.x_gathered.view(6, -1), out=self.x_transformed.view(6, -1))
+        torch.mm(self.input, self.x_gathered.view(self.n, -1), out=self.x_transformed.view(self.n, -1))
         return self.x_transformed
 
-    def transform_products(self):
-        """`products` (p q, tiles, C') -> the output (H, W, C')."""
-        torch.mm(self.output.T, self.products.view(6, -1), out=self.y_gathered.view(4, -1))
+    def transform_products(self, place):
+        """`products` (p q, tiles, C') -> the output, written to `place` (H, W, C'), contiguous."""
+        torch.mm(self.output.T, self.products.view(self.n, -1), out=self.y_gathered.view(self.m, -1))
         self.y_half.copy_(self.y_gathered.permute(2, 1, 3, 0, 4))
-        torch.bmm(self.output.T.expand(self.down, 4, 6), self.y_half.flatten(2), out=self.y_columns)
-        return self.y
+        y = place if self.covered else self.y_plane
+        torch.bmm(self.output.T.expand(self.down, -1, -1), self.y_half.flatten(2), out=y.view(self.y_columns))
+        if not self.covered:
+            place.copy_(self.y)
 
     def transform_gradient(self, image_G):
         """image_G (H, W, C') -> (p q, tiles, C'), the transpose of `transform_products`."""
-        self.y.copy_(image_G)
-        torch.bmm(self.output.expand(self.down, 6, 4), self.y_columns, out=self.G_half.flatten(2))
+        if not self.covered:
+            self.y.copy_(image_G)
+        y = image_G if self.covered else self.y_plane
+        torch.bmm(self.output.expand(self.down, -1, -1), y.reshape(self.y_columns), out=self.G_half.flatten(2))
         self.y_gathered.copy_(self.G_half.permute(3, 1, 0, 2, 4))
-        torch.mm(self.output, self.y_gathered.view(4, -1), out=self.products.view(6, -1))
+        torch.mm(self.output, self.y_gathered.view(self.m, -1), out=self.products.view(self.n, -1))
         return self.products

@@ -7,17 +7,24 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from kernels import conv2d, winograd
 
-SIZES = [(9, 7), (8, 12), (3, 4), (1, 13), (5, 1)]                     # whole tiles of 4 x 4, and parts of one
+SIZES = [(9, 7), (8, 12), (3, 4), (1, 13), (5, 1), (30, 36), (29, 34)]     # whole tiles of 4 x 4, of 6 x 6, and parts of one
 
 
 def last(*shape, generator=torch.Generator().manual_seed(0), **kind):
     return torch.randn(shape, generator=generator, **kind).contiguous(memory_format=torch.channels_last)
 
 
-def test_six_products_give_four_outputs_of_three_taps():
-    x, w = torch.randn(6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    y = winograd.OUTPUT.T @ ((winograd.FILTER @ w) * (winograd.INPUT @ x))
+@pytest.mark.parametrize("method", [winograd.FOUR, winograd.SIX], ids=["4 outputs", "6 outputs"])
+def test_two_products_more_than_outputs_of_three_taps(method):
+    assert method.products == method.outputs + 2
+    x, w = torch.randn(method.products, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    y = method.output.T @ ((method.filter @ w) * (method.input @ x))
     torch.testing.assert_close(y, x.unfold(0, 3, 1) @ w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("side, outputs", [(42, 6), (84, 6), (30, 6), (24, 4), (40, 4), (28, 4), (8, 4)])
+def test_larger_tiles_where_they_save_products(side, outputs):
+    assert winograd.suitable(torch.zeros(1, 1, side, side)).outputs == outputs
 
 
 @pytest.mark.parametrize("channels", [(4, 6), (6, 4)], ids=str)
@@ -34,14 +41,13 @@ def test_convolution_and_gradients_of_any_size(size, channels):
         assert planes.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_float32_stays_float32():
-    x, weight, G = last(8, 64, 42, 42).relu(), last(64, 64, 3, 3), last(8, 64, 42, 42)
+@pytest.mark.parametrize("side, most", [(40, 2e-6), (42, 5e-6)], ids=["4 outputs", "6 outputs"])
+def test_float32_stays_float32(side, most):
+    x, weight, G = last(8, 64, side, side).relu(), last(64, 64, 3, 3), last(8, 64, side, side)
     exact = F.conv2d(x.double(), weight.double(), padding=1), conv2d_weight(x.double(), weight.shape, G.double(), padding=1)
     error = lambda found: [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
     ours = error((winograd.convolve(x, weight), winograd.weight_gradient(G, x)))
-    theirs = error((F.conv2d(x, weight, padding=1), conv2d_weight(x, weight.shape, G, padding=1)))
-    assert ours[0] < 5 * theirs[0] and ours[0] < 2e-6        # 3.2 times and 9e-7 seen: PyTorch's is one rounding of the result
-    assert ours[1] < 2 * theirs[1] or ours[1] < 2e-6         # 0.8 to 1.2 times and 1.2e-6 seen on AVX2
+    assert max(ours) < most                    # 0.9e-6 to 1.3e-6 and 2.6e-6 to 3.1e-6 seen; PyTorch's own convolution has 3e-7
 
 
 def three_orders(x, weight, bias):
@@ -71,6 +77,7 @@ def test_a_layer_is_the_same_in_all_orders_with_and_without(monkeypatch):
 def avx2(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(winograd, "is_zen5", lambda: False)
     return monkeypatch
 
 
@@ -108,6 +115,11 @@ def test_with_avx512_larger_planes_and_more_channels_are_taken_by_one_thread(avx
         assert both(x, w) == (False, False)
     avx2.setattr(torch, "get_num_threads", lambda: 2)
     assert both(planes(64, 42), kernel(64)) == (False, False)
+    avx2.setattr(torch, "get_num_threads", lambda: 1)
+    avx2.setattr(winograd, "is_zen5", lambda: True)
+    for channels, side, expected in ((64, 42, (False, True)), (64, 84, (False, True)), (128, 42, (True, True)),
+                                     (320, 28, (True, True)), (32, 84, (False, False)), (64, 28, (False, False))):
+        assert both(planes(channels, side), kernel(channels)) == expected
     avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert both(planes(64, 42), kernel(64)) == (False, False)
 
@@ -122,7 +134,7 @@ def test_vmap_goes_without(avx2, in_dims):
     together = torch.vmap(conv2d, in_dims)(*arguments), *torch.vmap(gradients, in_dims)(*arguments)
     for k in range(2):
         for a, b in zip(together, (F.conv2d(*pick(k), padding=1), *gradients(*pick(k)))):
-            torch.testing.assert_close(a[k], b, rtol=0, atol=1e-5 * b.abs().max().item())
+            torch.testing.assert_close(a[k], b, rtol=0, atol=5e-5 * b.abs().max().item())
 
 
 def test_groups_go_without(avx2):
@@ -130,4 +142,4 @@ def test_groups_go_without(avx2):
     assert winograd.pays(x, weight) and winograd.pays_for_weights(x, x, weight)
     run = lambda y: (y, *torch.autograd.grad(y.square().mean(), [x, weight]))
     for ours, own in zip(run(conv2d(x, weight, groups=2)), run(F.conv2d(x, weight, padding=1, groups=2)), strict=True):
-        torch.testing.assert_close(ours, own, rtol=0, atol=1e-5 * own.abs().max().item())
+        torch.testing.assert_close(ours, own, rtol=0, atol=5e-5 * own.abs().max().item())
