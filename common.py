@@ -71,7 +71,11 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
             raise UsageError("this script works on one device: start it without torchrun")
         with first_rank_speaks():
             main()
+            sys.stdout.flush()
             max_over_ranks(0)                                      # no rank leaves while another still reads from it
+    except BrokenPipeError:                                        # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1)
     except (UsageError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:      # not about a file that cannot be read or written
             raise
@@ -710,6 +714,9 @@ class Training:
         self.total, self.max_minutes, self.name = getattr(args, unit + "s"), args.max_minutes, unit.replace("_", "-")
         self.per_update, self.last_is_due, self.loss_name = per_update, last_is_due, loss_name
         if checkpoint:
+            if missing := {"weights", "now", *kept} - set(checkpoint):
+                raise UsageError(f"{run / 'checkpoint.pt'} lacks {', '.join(sorted(missing))}: another version or method wrote it; "
+                                 "choose another --out to start afresh")
             load_weights(learner, checkpoint["weights"])
             for name, part in kept.items():
                 _set_state(part, checkpoint[name])

@@ -403,6 +403,23 @@ def test_training_ends_where_a_loss_is_not_finite_and_says_where(tmp_path):
         Descent().train(tmp_path, gradient=float("nan"))
 
 
+def test_a_checkpoint_without_what_the_run_needs_is_named(tmp_path):
+    args = argparse.Namespace(episodes=10, max_minutes=None)
+    learner, now = argparse.Namespace(theta={}, generator=None), {"episode": 0, "seconds": 0.0}
+    start = lambda checkpoint: common.Training(learner, args, tmp_path, checkpoint, "episode", now, {"rng": torch.Generator()})
+    whole = {"weights": {"theta": {}}, "now": {}, "rng": torch.Generator().get_state()}
+    start(whole)
+    with pytest.raises(common.UsageError, match="lacks now, rng: another version"):
+        start({"weights": whole["weights"]})
+
+
+def test_output_that_nobody_reads_any_more_ends_the_program_quietly():
+    program = "import common; common.run_main(lambda: print('x' * 10 ** 6))"
+    writer = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.close()
+    assert (writer.stderr.read(), writer.wait()) == (b"", 1)
+
+
 def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     """An update may spoil them after its loss: the next loss would tell too late."""
     learner = Descent()
