@@ -60,6 +60,16 @@ class DownloadError(UsageError):
     """No mirror gave the file."""
 
 
+def _output_is_unread() -> bool:
+    """Whether what read this program's output has gone, as `| head` does; then nothing more is written to it."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
     """Call a script's main; UsageError, that of a file or of memory becomes one line on stderr and status 2, Ctrl-C status 130.
 
@@ -73,8 +83,9 @@ def run_main(main: Callable[[], None], several_devices: bool = False) -> None:
             main()
             sys.stdout.flush()
             max_over_ranks(0)                                      # no rank leaves while another still reads from it
-    except BrokenPipeError:                                        # whoever read the output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _output_is_unread():                                # it was another pipe, such as a video encoder's
+            raise
         leave(1)
     except (UsageError, OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:      # not about a file that cannot be read or written

@@ -70,7 +70,7 @@ class Limits(NamedTuple):
     numbers_weights: dict   # threads: least numbers
 
 
-# Measured on EPYCs, by PyTorch's name of their instructions.
+# Measured on EPYCs, by PyTorch's name of their instructions; all but Zen 5 with tiles of 4 x 4 alone.
 LIMITS = {"AVX2": Limits(128, 64, range(2 ** 12, 2 ** 14 + 1), 32, {1: 2 ** 11, 2: 2 ** 12}),
           "AVX512": Limits(320, 64, range(3000, 2 ** 17), 32, {1: 2 ** 11}),
           "Zen 5": Limits(320, 128, range(15000, 2 ** 17), 64, {1: 7000})}

@@ -420,6 +420,13 @@ def test_output_that_nobody_reads_any_more_ends_the_program_quietly():
     assert (writer.stderr.read(), writer.wait()) == (b"", 1)
 
 
+def test_another_broken_pipe_is_not_hidden():
+    def main():
+        raise BrokenPipeError("the encoder's")
+    with pytest.raises(BrokenPipeError, match="encoder"):
+        common.run_main(main)
+
+
 def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path):
     """An update may spoil them after its loss: the next loss would tell too late."""
     learner = Descent()

@@ -116,7 +116,7 @@ def test_chunks_of_tasks_give_the_same_gradients():
 
 
 @pytest.mark.parametrize("method", ["modgrad", "maml", "tnet", "cavia"])
-@pytest.mark.parametrize("path", ["closed forms", "task by task", "compiled"])
+@pytest.mark.parametrize("path", ["closed forms", "tiles of 6 x 6", "task by task", "compiled"])
 def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkeypatch):
     """Every loss, against autograd through PyTorch's own layers; of the compiler all but its fused arithmetic."""
     def trajectory(path, *flags):
@@ -137,7 +137,9 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
     monkeypatch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)     # no tensor is too small for the closed forms
     for name in ("pays", "pays_for_weights"):
         monkeypatch.setattr(winograd, name, lambda *tensors: True)                                          # and no plane
-    flags = {"closed forms": ["--kernel", "closed"], "task by task": ["--task-chunk", "1"], "compiled": []}[path]
+    if path == "tiles of 6 x 6":                                                        # these planes would have tiles of 4 x 4
+        monkeypatch.setattr(winograd, "suitable", lambda x: winograd.SIX)
+    flags = {"closed forms": ["--kernel", "closed"], "tiles of 6 x 6": ["--kernel", "closed"], "task by task": ["--task-chunk", "1"], "compiled": []}[path]
     fast = trajectory(path, *flags)
     plain_conv = lambda x, weight, bias=None, groups=1: F.conv2d(x, weight, bias, padding=1, groups=groups)
     plain_norm = lambda x, gamma, beta, eps=1e-5: F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)

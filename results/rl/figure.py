@@ -1,9 +1,9 @@
 """Draw Fig. 8 from the runs committed here: python results/rl/figure.py nav [cheetah-dir cheetah-vel].
 
-Left: return after one update while meta-training, a line for each seed (the second dashed, the third dotted); right: return of
-the trained policies against the number of updates on 40 fresh tasks, the mean over seeds and a band from the lowest to the highest.
-Of an environment and method only the runs with the most tasks an iteration are drawn, and none named after an alpha or a KL bound
-that is not the default, or as the first of two of one seed.
+Left: return after one update while meta-training, a line for each seed (the second dashed, the third dotted); right:
+return of the trained policies against the number of updates on 40 fresh tasks, the mean over seeds and a band from the
+lowest to the highest. Of an environment and method only the runs with the most tasks an iteration are drawn, and none
+named after an alpha or a KL bound that is not the default, or as the first of two of one seed.
 """
 
 import argparse
