@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (batch_norm, conv2d, first_block, first_blocks, modulated_step, takes_blocks, takes_first_block,
+from kernels import (batch_norm, conv2d, first_block, first_blocks, linear, modulated_step, takes_blocks, takes_first_block,
                      task_blocks)
 
 Tensors = dict[str, Tensor]
@@ -642,9 +642,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, support: int | None = None)
     """x (T, N, ...) flattened to (T, N, in); weight (out, in) or (T, out, in) -> (T, N, out)."""
     x = x.flatten(2).to(weight.dtype)
     if weight.dim() == 2 and bias.dim() == 1:
-        return F.linear(x, weight, bias)
-    weight, bias = _per_task(weight, len(x), 2), _per_task(bias, len(x), 1)
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        return linear(x, weight, bias)
+    return linear(x, _per_task(weight, len(x), 2), _per_task(bias, len(x), 1))
 
 
 def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor, support: int | None = None) -> Tensor:

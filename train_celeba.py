@@ -34,7 +34,7 @@ from common import (DataError, HelpFormatter, Training, UsageError, add_cuda_gra
                     load_weights, mean_ci95, non_negative_float, open_run, parse_run, plot_log, positive_float, positive_int,
                     progress, replays, run_main, save_atomically, setup, several_int, takes_cuda_graph, to_device,
                     use_available_kernel, write_result)
-from kernels import resolve_backend
+from kernels import linear, resolve_backend
 from modgrad import Chain, Generator, LinearUpdate, Stage, adapt, adapt_linear, mlp
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def output_layer(theta: dict[str, Tensor], z: Tensor) -> Tensor:
 def adapt_to_few(learner: Learner, args: argparse.Namespace, features: Tensor, given: Tensor, given_colours: Tensor,
                  train: bool) -> tuple[Tensor, LinearUpdate]:
     """fc5's output before adaptation for all pixels, (P, width), and what the inner loop adds to fc5."""
-    z = F.linear(features, learner.theta["fc5.weight"], learner.theta["fc5.bias"])
+    z = linear(features, learner.theta["fc5.weight"], learner.theta["fc5.bias"])
     loss = lambda z: squared_error(output_layer(learner.theta, z), given_colours)
     update = adapt_linear(loss, features[given], z[given], args.inner_lr, learner.generator, learner.adapted,
                           steps=args.inner_steps, first_order=args.first_order,

@@ -30,7 +30,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from kernels.layers import _used_now
+from kernels.products import used_now
 from kernels.modulate import launch, triton
 
 if triton is not None:
@@ -434,7 +434,7 @@ class _Conv(Function):
     def backward(ctx, G, _):
         if G is None:
             return None, None, None
-        return *_ConvBackward.apply(G, *ctx.saved_tensors, [_used_now(ctx, 0), ctx.needs_input_grad[1]]), None
+        return *_ConvBackward.apply(G, *ctx.saved_tensors, [used_now(ctx, 0), ctx.needs_input_grad[1]]), None
 
 
 class _ConvBackward(Function):

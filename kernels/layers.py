@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from kernels import winograd
+from kernels.products import used_now
 
 
 def conv2d(x, weight, bias=None, groups: int = 1, stride: int = 1):
@@ -58,17 +59,6 @@ def _laid_out_as(x, G):
     return G.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
 
 
-def _used_now(ctx, k: int) -> bool:
-    """Whether this very backward pass uses the gradient of input k. `needs_input_grad` is also true where only another pass
-    will ask for it: an inner loop's gradients are those of some weights, the outer one's those of the activations too."""
-    if not ctx.needs_input_grad[k]:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[k][0])
-    except RuntimeError:                     # it does not tell for leaves of the graph
-        return True
-
-
 class _Conv(Function):
     """(x, weight, bias, groups, stride) -> y."""
 
@@ -89,7 +79,7 @@ class _Conv(Function):
     @staticmethod
     def backward(ctx, G):
         x, weight = ctx.saved_tensors
-        wanted = [_used_now(ctx, 0), *ctx.needs_input_grad[1:3]]
+        wanted = [used_now(ctx, 0), *ctx.needs_input_grad[1:3]]
         return *_ConvBackward.apply(G, x, weight, *ctx.form, wanted), None, None
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from kernels import block_gpu, stem_gpu
+from kernels.products import product
 
 MOST_CHANNELS = 4                # of the images; patches of more are no small matter
 POOL = [2, 2], [2, 2], [0, 0], [1, 1], False         # window, stride, padding, dilation, no rounding up
@@ -75,7 +76,7 @@ def patch_moments(images, k: int):
     """
     images = images if images.dtype == torch.float64 else images.float()
     parts = (_patches(part, k) for part in images.split(_parts(2 * images[0].numel() * k * k)))
-    products = sum((patches @ patches.mT).double() for patches in parts)
+    products = sum(product(patches, patches).double() for patches in parts)
     return _moments(products)
 
 
@@ -154,7 +155,7 @@ class _ConvPoolReluBackward(Function):
         step, sums = _parts(shape[0] * x[0, 0].numel()), 0
         for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
             G = torch.ops.aten.max_pool2d_with_indices_backward(D_part.to(dtype), _planes(x, shape[0], 1, dtype), *POOL, winners)
-            sums = sums + _patches(x.to(dtype), shape[-1]) @ G.permute(0, 2, 3, 1).flatten(0, 2)
+            sums = sums + product(_patches(x.to(dtype), shape[-1]), G.permute(0, 2, 3, 1).flatten(0, 2).mT)
         sums = sums.to(D.dtype)
         return sums[:-1].mT.reshape(shape), sums[-1]
 

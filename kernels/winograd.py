@@ -14,12 +14,13 @@ are as fast as a matrix product, and for weight gradients on AMD's Zen 5, where 
 tensors are channels-last, float32 (or float64, for tests).
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.products import is_zen5
 
 
 class Filtering(NamedTuple):
@@ -101,13 +102,6 @@ def _limits(x, weight, *others) -> Limits | None:
     instructions = torch.backends.cpu.get_cpu_capability()
     limits = LIMITS.get("Zen 5" if instructions == "AVX512" and is_zen5() else instructions)
     return limits if limits and max(weight.shape[:2]) <= limits.most else None
-
-
-@functools.cache
-def is_zen5() -> bool:
-    """AMD's first CPUs with these instructions, whose 512 bits oneDNN's convolutions use and MKL's products do not."""
-    known = torch.cpu.get_capabilities()
-    return known.get("cpu_name", "").startswith("AMD") and known.get("avx512_vp2intersect", False)
 
 
 def _numbers(x, weight) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import modgrad
 import runs
 import train_miniimagenet as mini
-from kernels import winograd
+from kernels import products, winograd
 
 SMALL = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--val-every", "12", "--val-episodes", "6",
          "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
@@ -118,39 +118,55 @@ def test_chunks_of_tasks_give_the_same_gradients():
 @pytest.mark.parametrize("method", ["modgrad", "maml", "tnet", "cavia"])
 @pytest.mark.parametrize("path", ["closed forms", "tiles of 6 x 6", "task by task", "compiled"])
 def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkeypatch):
-    """Every loss, against autograd through PyTorch's own layers; of the compiler all but its fused arithmetic."""
-    def trajectory(path, *flags):
+    """Every loss, against autograd through PyTorch's own layers; of the compiler all but its fused arithmetic.
+
+    With one seed of four, rounding decides a ReLU or the winner of a pool on the way, and from there on the losses differ by
+    up to 2e-2: one seed of five has to stay clear of that. A wrong derivative shows with all of them.
+    """
+    def trajectory(path, seed, *flags):
         short = ["--inner-lr", "0.1"] if method == "tnet" else []             # a longer step multiplies rounding
         args = mini.parse_flags([*TINY, "--channels", "4", "--method", method, "--inner-steps", "1", *short, *flags])
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         torch.compiler.reset()
         learner = mini.build_learner(args, torch.device("cpu"))
         predict = mini.make_predict(learner, args)
         if path == "compiled":
             predict = torch.compile(predict, fullgraph=True, dynamic=False, backend="aot_eager")
         gradient = functools.partial(mini.meta_gradient, learner, args, predict=predict)
-        optimiser, rng = torch.optim.Adam(learner.parameters(), 1e-3), torch.Generator().manual_seed(0)
+        optimiser, rng = torch.optim.Adam(learner.parameters(), 1e-3), torch.Generator().manual_seed(seed)
         batches = [mini.sample_episodes(images, 2, 5, 5, 5, rng) for _ in range(30)]
         return torch.stack([mini.meta_step(learner, optimiser, args, batch, None, gradient=gradient)[0] for batch in batches])
 
-    images = mini.to_tensor(mini.synthetic_split("val", image_size=16))
-    monkeypatch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)     # no tensor is too small for the closed forms
-    for name in ("pays", "pays_for_weights"):
-        monkeypatch.setattr(winograd, name, lambda *tensors: True)                                          # and no plane
-    if path == "tiles of 6 x 6":                                                        # these planes would have tiles of 4 x 4
-        monkeypatch.setattr(winograd, "suitable", lambda x: winograd.SIX)
-    flags = {"closed forms": ["--kernel", "closed"], "tiles of 6 x 6": ["--kernel", "closed"], "task by task": ["--task-chunk", "1"], "compiled": []}[path]
-    fast = trajectory(path, *flags)
-    plain_conv = lambda x, weight, bias=None, groups=1: F.conv2d(x, weight, bias, padding=1, groups=groups)
-    plain_norm = lambda x, gamma, beta, eps=1e-5: F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
-    monkeypatch.setattr(modgrad, "takes_first_block", lambda x: False)
-    monkeypatch.setattr(modgrad, "conv2d", plain_conv)
-    monkeypatch.setattr(modgrad, "batch_norm", plain_norm)
-    plain = trajectory("plain", "--kernel", "eager")
-    # Our own forms round differently, or they were not taken; the compiler's graph is the plain one, maybe to the last bit.
-    assert path == "compiled" or not torch.equal(fast, plain)
-    # Adam divides rounding by the gradient's size, so that float32's 1e-7 can grow along the way; 2e-4 was seen.
-    torch.testing.assert_close(fast, plain, rtol=2e-3, atol=0)
+    def fast(seed):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)   # no tensor is too small for the closed forms
+            for name in ("pays", "pays_for_weights"):
+                patch.setattr(winograd, name, lambda *tensors: True)                                        # and no plane
+            patch.setattr(products, "is_zen5", lambda: True)
+            patch.setattr(products, "LEAST", {2: 0, 3: 0})                                                  # and no product
+            if path == "tiles of 6 x 6":                                                # these planes would have tiles of 4 x 4
+                patch.setattr(winograd, "suitable", lambda x: winograd.SIX)
+            flags = {"task by task": ["--task-chunk", "1"], "compiled": []}.get(path, ["--kernel", "closed"])
+            return trajectory(path, seed, *flags)
+
+    def plain(seed):
+        with monkeypatch.context() as patch:
+            patch.setattr(modgrad, "takes_first_block", lambda x: False)
+            patch.setattr(products, "is_zen5", lambda: False)
+            patch.setattr(modgrad, "conv2d", lambda x, weight, groups=1: F.conv2d(x, weight, padding=1, groups=groups))
+            patch.setattr(modgrad, "batch_norm",
+                          lambda x, gamma, beta, eps=1e-5: F.batch_norm(x, None, None, gamma, beta, training=True, eps=eps))
+            return trajectory("plain", seed, "--kernel", "eager")
+
+    images, differences = mini.to_tensor(mini.synthetic_split("val", image_size=16)), []
+    for seed in range(3, 8):
+        ours, reference = fast(seed), plain(seed)
+        # Our own forms round differently, or they were not taken; the compiler's graph is the plain one, maybe to the last bit.
+        assert path == "compiled" or not torch.equal(ours, reference)
+        differences.append((ours / reference - 1).abs().max().item())
+        if differences[-1] < 1e-5:
+            return
+    pytest.fail(f"the largest relative differences of the losses, with five seeds: {differences}")
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -106,14 +106,6 @@ def test_it_is_for_large_channels_last_float32_planes_on_avx2(avx2):
     assert both(large, kernel(64)) == (False, True) and both(planes(64, 21), kernel(64)) == (False, False)
 
 
-@pytest.mark.parametrize("known, expected", [
-    ({"cpu_name": "AMD EPYC 9575F", "avx512_vp2intersect": True}, True), ({"cpu_name": "AMD EPYC 9354", "avx512_vp2intersect": False}, False),
-    ({"cpu_name": "Intel(R) Core(TM) i7-1165G7", "avx512_vp2intersect": True}, False), ({}, False)], ids=["Zen 5", "Zen 4", "Intel", "unknown"])
-def test_zen5_is_told_from_others(known, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
-    assert winograd.is_zen5.__wrapped__() == expected
-
-
 def test_with_avx512_larger_planes_and_more_channels_are_taken_by_one_thread(avx2):
     avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for channels, side in ((64, 42), (64, 84), (64, 28), (128, 21), (128, 112), (256, 28), (320, 21)):
