@@ -26,6 +26,7 @@ import functools
 import gc
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from torch.utils.flop_counter import flop_registry
 import common
 import train_miniimagenet as mini
 from common import HelpFormatter, UsageError, describe_machine, positive_int, run_main, save_atomically, setup
+from kernels.products import has_onednn
 from tests import naive
 
 WARM_UP = 2         # after the comparison of gradients: the first steps of a process wait for memory from the system
@@ -245,14 +247,25 @@ def differences(setting: Setting, names: list[str]) -> dict[str, float]:
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
-class FlopCounter(TorchDispatchMode):
-    """Sum of PyTorch's own operation counts; its FlopCounterMode also hooks modules, which autograd.grad does not bear."""
+def flop_counts() -> dict:
+    """{operation: function to count its operations}: PyTorch's, and those of oneDNN's products, which it leaves out."""
+    if not has_onednn():
+        return flop_registry
+    return flop_registry | {
+        torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, out_val: 2 * math.prod(a.shape) * len(b),
+        torch.ops.aten.mkldnn_linear_backward_weights: lambda G, x, *_, out_val: 2 * math.prod(x.shape) * G.shape[1]}
 
-    flops = 0
+
+class FlopCounter(TorchDispatchMode):
+    """Sum of the operation counts; PyTorch's FlopCounterMode also hooks modules, which autograd.grad does not bear."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.counts = 0, flop_counts()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function._overloadpacket)
+        count = self.counts.get(function._overloadpacket)
         self.flops += count(*args, **(kwargs or {}), out_val=out) if count else 0
         return out
 

@@ -10,6 +10,7 @@ import torch
 
 import benchmark
 import runs
+from kernels import linears, products
 from results import table
 
 TINY = ["--image-size", "16", "--channels", "4", "--meta-batch", "2", "--repeats", "1", "--device", "cpu"]
@@ -61,6 +62,15 @@ def test_operations_by_hand():
         assert counter.flops == 2 * product
         torch.autograd.grad(first.square().sum(), w)     # to G, then through y to w
     assert counter.flops == 4 * product
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("rows", [10, products.LONG])
+def test_operations_of_a_linear_layer_by_onednn(rows):
+    x, weight = torch.randn(rows, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    with linears.everywhere(), benchmark.FlopCounter() as counter:
+        torch.autograd.grad(products.linear(x, weight).square().sum(), [x, weight])
+    assert counter.flops == 3 * 2 * rows * 7 * 5
 
 
 def test_where_many_devices_saturate():
