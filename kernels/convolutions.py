@@ -169,7 +169,7 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
         for row in measured:
             rows.append(row)
             spread = f"{row['median_ms']:.2f} ms ({row['p20_ms']:.2f}, {row['p80_ms']:.2f})"
-            print(f"{row['layer']:8}{row['pass']:20}{row['form']:14}{spread:>34}  {figures(row)}", flush=True)
+            print(f"{row['layer']:12}{row['pass']:20}{row['form']:14}{spread:>34}  {figures(row)}", flush=True)
         if args.json:
             write_json(args.json, {**about, "rows": rows})
 

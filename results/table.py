@@ -552,6 +552,12 @@ def blocks():
                     lambda row: f"{row['median_ms']:.1f} ({row['times_faster_than_pytorch']:.2f})")
 
 
+def linears():
+    """The same for linear layers."""
+    return by_layer("linears", "numbers", lambda file: "float32", "GFLOP/s (times faster than PyTorch)",
+                    lambda row: f"{row['gflops']:.0f} ({row['times_faster_than_pytorch']:.2f})")
+
+
 def by_layer(name, size_title, size, unit, cell):
     """One row a machine, layer and form of the files NAME-*.json; size: file -> its text, cell: row of a pass -> its text."""
     rows = [f"| machine | {size_title} | layer | form | {' | '.join(f'{p}, {unit}' for p in PASSES)} |",
@@ -663,7 +669,7 @@ def fill(text, folder):
     """Replace every table block of a document in `folder`; an unknown name is an error."""
     tables = {table.__name__: table for table in (glance, table2, table3, figure5, figure8, miniimagenet, ablations, shots, steps, methods, seeds, noise, noise_at_full_size,
                                                   modulation, context, celeba, omniglot, rl, ratios, speed, work, throughput,
-                                                  scaling, passes, kernels, convolutions, blocks, resources)}
+                                                  scaling, passes, kernels, convolutions, blocks, linears, resources)}
     def table(match):
         rows = tables[match[2]]()
         if rows.count("\n") < 2:
