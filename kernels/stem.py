@@ -96,8 +96,9 @@ def _patches(x, k: int):
     padded = F.pad(x.contiguous(), [k // 2] * 4)
     by_image, by_channel, by_row, _ = padded.stride()
     views = padded.as_strided((channels, k, k, n, height, width), (by_channel, by_row, 1, by_image, by_row, 1))
-    patches = x.new_ones(channels * k * k + 1, n * height * width)
+    patches = x.new_empty(channels * k * k + 1, n * height * width)
     patches[:-1].view(views.shape).copy_(views)
+    patches[-1] = 1
     return patches
 
 
