@@ -30,8 +30,8 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from kernels.products import used_now
 from kernels.modulate import launch, triton
+from kernels.products import used_now
 
 if triton is not None:
     import triton.language as tl
