@@ -78,13 +78,18 @@ def make_data(images: int, channels: int, side: int, device: torch.device,
 
 def check_agreement(contenders: dict[str, dict[str, Callable]], data: list[torch.Tensor], precision: str = "fp32") -> None:
     """Raise RuntimeError where a result differs from `pytorch` in float64 by more than TOLERANCE of its norm."""
-    exact = eager_passes(pytorch_block, *(t.double() for t in data))
-    for name_of_pass in PASSES:
-        true = exact[name_of_pass]()
+    check_against(eager_passes(pytorch_block, *(t.double() for t in data)), contenders, TOLERANCE[precision])
+
+
+def check_against(exact: dict[str, Callable], contenders: dict[str, dict[str, Callable]], tolerance: float) -> None:
+    """Raise RuntimeError where a tensor of a pass differs from that of `exact`, both {pass: function}, by more than `tolerance` of
+    its norm."""
+    for name_of_pass, function in exact.items():
+        true = function()
         for name, functions in contenders.items():
             for ours, b in zip(functions[name_of_pass](), true, strict=True):
                 error = ((ours.double() - b).norm() / b.norm()).item()
-                if not error <= TOLERANCE[precision]:
+                if not error <= tolerance:
                     raise RuntimeError(f"{name}, {name_of_pass}: off by {error:.1e} of the norm; nothing was timed")
 
 

@@ -130,4 +130,4 @@ def test_a_trajectory_of_thirty_steps_is_the_plain_one(flags, taken, monkeypatch
     monkeypatch.setattr(products, "is_zen5", lambda: False)
     plain = trajectory()
     assert count == len(taken) > 30 * 10
-    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=0)               # 5e-6 seen: rounding, which Adam and the steps multiply
