@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (batch_norm, conv2d, first_block, first_blocks, linear, modulated_step, takes_blocks, takes_first_block,
-                     task_blocks)
+from kernels import (batch_norm, conv2d, first_block, first_blocks, linear, modulated_step, norm_pool, takes_blocks,
+                     takes_first_block, takes_norm_pool, task_blocks)
 
 Tensors = dict[str, Tensor]
 
@@ -692,6 +692,8 @@ def _norm_pool(y: Tensor, gamma: Tensor, beta: Tensor, support: int | None, relu
 
     ReLU after the pool equals ReLU before it and touches a quarter of the numbers.
     """
+    if support is None and takes_norm_pool(y):
+        return norm_pool(y, gamma, beta, relu)
     pooled = F.max_pool2d(_norm(y, gamma, beta, support), 2)
     return F.relu(pooled) if relu else pooled
 

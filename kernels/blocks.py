@@ -4,8 +4,9 @@
     python -m kernels.blocks --images 75
 
     pytorch     batch norm, ReLU, max-pool, all of PyTorch's own, as MAML codes write it
-    closed      kernels/layers.py's batch norm with its closed double backward, then max-pool, then ReLU, as modgrad.py; of
-                images, on a CPU, it takes kernels/stem.py instead, where the batch norm joins the convolution
+    closed      as modgrad.py, with closed second derivatives: on a CPU kernels/pooling.py, where the pool comes first; elsewhere,
+                and of few numbers, kernels/layers.py's batch norm, then max-pool, then ReLU. Of images modgrad.py takes
+                kernels/stem.py instead, where the batch norm joins the convolution
     compile     torch.compile of `pytorch` with its derivatives by torch.func in one graph, if --compiled asks for it:
                 compilation takes minutes on a CPU
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from kernels.benchmark import time_on_cpu, time_on_gpu, why_not
 from kernels.convolutions import dtype_of, parser_with_flags, run
 from kernels.layers import batch_norm
+from kernels.pooling import norm_pool, takes_norm_pool
 
 SIDES = {"conv1": 84, "conv2": 42, "conv3": 21, "conv4": 10}             # H = W after each convolution at 84 pixels
 PASSES = ("forward", "first derivatives", "second derivatives")
@@ -36,7 +38,7 @@ def pytorch_block(x, gamma, beta):
 
 
 def closed_block(x, gamma, beta):
-    return F.relu(F.max_pool2d(batch_norm(x, gamma, beta), 2))
+    return norm_pool(x, gamma, beta) if takes_norm_pool(x) else F.relu(F.max_pool2d(batch_norm(x, gamma, beta), 2))
 
 
 def eager_passes(block: Callable, x, gamma, beta, G, U, p, q) -> dict[str, Callable]:

@@ -151,11 +151,11 @@ class _ConvPoolReluBackward(Function):
 
     @staticmethod
     def forward(D, x, y, winners, shape):
-        D = torch.ops.aten.threshold_backward(_last(D), y, 0)
         dtype = torch.promote_types(D.dtype, torch.float32)        # of the products: in bfloat16 few channels are slow
         step, sums = _parts(shape[0] * x[0, 0].numel()), 0
-        for x, D_part, winners in zip(x.split(step), D.split(step), winners.split(step)):
-            G = torch.ops.aten.max_pool2d_with_indices_backward(D_part.to(dtype), _planes(x, shape[0], 1, dtype), *POOL, winners)
+        for x, D_part, y, winners in zip(x.split(step), _last(D).split(step), y.split(step), winners.split(step)):
+            D_part = torch.ops.aten.threshold_backward(D_part, y, 0).to(dtype)
+            G = torch.ops.aten.max_pool2d_with_indices_backward(D_part, _planes(x, shape[0], 1, dtype), *POOL, winners)
             sums = sums + product(_patches(x.to(dtype), shape[-1]), G.permute(0, 2, 3, 1).flatten(0, 2).mT)
         sums = sums.to(D.dtype)
         return sums[:-1].mT.reshape(shape), sums[-1]
@@ -173,11 +173,12 @@ class _ConvPoolReluBackward(Function):
             return None, None, None, None, None
         V = x.new_zeros((y.shape[1], x.shape[1], 1, 1)) if V is None else V
         step, parts = _parts(y.shape[1] * x[0, 0].numel()), []
-        for x, winners in zip(x.split(step), winners.split(step)):
+        for x, y, winners in zip(x.split(step), y.split(step), winners.split(step)):
             planes = F.conv2d(_last(x), V, p, padding=V.shape[-1] // 2).permute(0, 2, 3, 1)              # (n, H, W, C')
             places = winners.permute(0, 2, 3, 1)                                                         # (n, H/2, W/2, C')
-            parts.append(planes.flatten(1, 2).gather(1, places.flatten(1, 2)).unflatten(1, places.shape[1:3]))
-        return torch.cat(parts).permute(0, 3, 1, 2) * (y > 0), None, None, None, None
+            chosen = planes.flatten(1, 2).gather(1, places.flatten(1, 2)).unflatten(1, places.shape[1:3])
+            parts.append(torch.ops.aten.threshold_backward(chosen.permute(0, 3, 1, 2), y, 0))
+        return torch.cat(parts), None, None, None, None
 
 
 class _Pooled(Function):

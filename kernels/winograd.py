@@ -131,8 +131,8 @@ def weight_gradient(G, x):
     sums = x.new_zeros(tiles.n ** 2, x.shape[1], G.shape[1])
     for image, image_G in zip(x.permute(0, 2, 3, 1), G.permute(0, 2, 3, 1)):
         torch.baddbmm(sums, tiles.transform_input(image).mT, tiles.transform_gradient(image_G), out=sums)
-    sums = sums.unflatten(0, (tiles.n, tiles.n))
-    return torch.einsum("ph,qv,pqco->ocvh", tiles.filter, tiles.filter, sums).contiguous()
+    taps = torch.einsum("ph,qv->vhpq", tiles.filter, tiles.filter).reshape(9, -1)
+    return (taps @ sums.flatten(1)).view(3, 3, x.shape[1], -1).permute(3, 2, 0, 1).contiguous()
 
 
 class _Tiles:

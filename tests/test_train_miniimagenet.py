@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import modgrad
 import runs
 import train_miniimagenet as mini
-from kernels import products, winograd
+from kernels import pooling, products, winograd
 
 SMALL = ["--image-size", "16", "--channels", "8", "--context-dim", "8", "--val-every", "12", "--val-episodes", "6",
          "--test-episodes", "6", "--log-every", "6", "--checkpoint-every", "6", "--queries", "5"]
@@ -142,6 +142,7 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
             patch.setattr(sys.modules["kernels.modulate"], "CLOSED_FROM", 1)   # no tensor is too small for the closed forms
             for name in ("pays", "pays_for_weights"):
                 patch.setattr(winograd, name, lambda *tensors: True)                                        # and no plane
+            patch.setattr(pooling, "LEAST", 0)
             patch.setattr(products, "is_zen5", lambda: True)
             patch.setattr(products, "LEAST", {2: 0, 3: 0})                                                  # and no product
             if path == "tiles of 6 x 6":                                                # these planes would have tiles of 4 x 4
@@ -151,7 +152,8 @@ def test_a_fast_trajectory_of_thirty_steps_is_the_plain_one(path, method, monkey
 
     def plain(seed):
         with monkeypatch.context() as patch:
-            patch.setattr(modgrad, "takes_first_block", lambda x: False)
+            for name in ("takes_first_block", "takes_norm_pool"):
+                patch.setattr(modgrad, name, lambda x: False)
             patch.setattr(products, "is_zen5", lambda: False)
             patch.setattr(modgrad, "conv2d", lambda x, weight, groups=1: F.conv2d(x, weight, padding=1, groups=groups))
             patch.setattr(modgrad, "batch_norm",
