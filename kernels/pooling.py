@@ -1,11 +1,11 @@
-"""Batch norm, max-pool 2 and ReLU after a convolution on a CPU, for half the passes over the large planes.
+"""Batch norm, max-pool 2 and ReLU after a convolution, on a CPU, with the pool first.
 
-Per channel, batch norm is an increasing function of x, or where gamma < 0 a decreasing one. So the pool can come first, of x or
-of -x; what is normalised then is a quarter of the numbers, and nothing as large as x is written forward. Backward, only winners of
-the pool have a gradient of their own. Everybody else's part in mean and variance is one rule for all: x times a number of the
-channel plus another. The formulas, second derivatives included, are those of kernels/block_gpu.py.
+Per channel, batch norm is an increasing function of x, or where gamma < 0 a decreasing one. So its winners of the pool are known
+before it: the largest x, or the smallest. Only they are normalised, a quarter of the numbers, and nothing as large as x is written
+forward. Backward, only they have a gradient of their own; what the rest of x gets, for its part in mean and variance, is a number
+of the channel times x plus another. The formulas, with second derivatives, are those of kernels/block_gpu.py.
 
-Large planes are gone through a few images at a time, in cache. Tensors are channels-last; of 16-bit activations all sums and
+The planes are gone through a few images at a time, in cache. Tensors are channels-last; of 16-bit activations all sums and
 products are float32, and each result is rounded once.
 """
 
