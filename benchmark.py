@@ -253,6 +253,8 @@ def flop_counts() -> dict:
         return flop_registry
     return flop_registry | {
         torch.ops.mkldnn._linear_pointwise: lambda a, b, *_, out_val: 2 * math.prod(a.shape) * len(b),
+        torch.ops.mkldnn._convolution_pointwise:                                                              # of groups, 1 x 1
+            lambda x, weight, bias, padding, stride, dilation, groups, *_, out_val: 2 * out_val.numel() * x.shape[1] // groups,
         torch.ops.aten.mkldnn_linear_backward_weights: lambda G, x, *_, out_val: 2 * math.prod(x.shape) * G.shape[1]}
 
 

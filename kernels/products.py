@@ -4,10 +4,11 @@ PyTorch hands float32 products to MKL, which runs its code for AVX2 on AMD's CPU
 is 512 bits wide: oneDNN, PyTorch's library for convolutions, multiplies up to twice as fast there (`python -m kernels.linears`
 measures it). PyTorch has its product as an operation without derivatives, made for its compiler, and one for the gradient of
 weights, which takes its operands as copies in oneDNN's own format; `linear` gives them derivatives of any order, which are
-products again.
+products again. Many small products at once, for Winograd's algorithm, are a convolution there (`grouped_product`).
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,30 @@ def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         return functools.reduce(Tensor.add_, parts)
     b = b if b.is_contiguous() or b.mT.is_contiguous() else b.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def takes_grouped(x: Tensor, *channels: int) -> bool:
+    """Whether `grouped_product` is faster than MKL's batched product here, for float32 x and so many channels."""
+    return (x.dtype == torch.float32 and is_zen5() and not any(count % 16 for count in channels)
+            and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"))
+
+
+def grouped_product(matrices: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """x -> x[:, g] matrices[g] for each g, without derivatives: matrices (G, k, n), x (rows, G, k) -> (rows, G, n), float32.
+
+    It is oneDNN's 1 x 1 convolution of G groups, with weights that are packed once, here; for itself PyTorch would pack them at
+    each call, which takes three times as long as to multiply.
+    """
+    groups, k, n = matrices.shape
+    form = [0, 0], [1, 1], [1, 1], groups                                                          # padding, stride, dilation
+    weight = matrices.mT.reshape(groups * n, k, 1, 1)
+    weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *form, [1, groups * k, rows, 1])
+
+    def multiply(x: Tensor) -> Tensor:
+        planes = x.view(1, rows, 1, groups * k).permute(0, 3, 1, 2)
+        y = torch.ops.mkldnn._convolution_pointwise(planes, weight, None, *form, "none", [], "")
+        return y.permute(0, 2, 3, 1).view(rows, groups, n)
+    return multiply
 
 
 class _Linear(Function):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from kernels import conv2d, winograd
+from kernels import conv2d, products, winograd
 
 SIZES = [(9, 7), (8, 12), (3, 4), (1, 13), (5, 1), (30, 36), (29, 34)]     # whole tiles of 4 x 4, of 6 x 6, and parts of one
 
@@ -39,6 +39,22 @@ def test_convolution_and_gradients_of_any_size(size, channels):
         torch.testing.assert_close(ours, own, rtol=1e-12, atol=1e-12)
     for planes in (winograd.convolve(x, weight), winograd.input_gradient(G, weight)):
         assert planes.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("rows", [1, 100])                                  # an image at a time, and several
+@pytest.mark.parametrize("channels", [(16, 32), (48, 16)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_convolution_tile_by_tile_through_onednn(size, channels, rows, monkeypatch):
+    monkeypatch.setattr(products, "is_zen5", lambda: True)
+    monkeypatch.setattr(winograd, "ROWS", rows)
+    packed, product = [], winograd.grouped_product
+    monkeypatch.setattr(winograd, "grouped_product", lambda *args: packed.append(args) or product(*args))
+    n_in, n_out = channels
+    x, weight, G = (last(*shape) for shape in ((3, n_in, *size), (n_out, n_in, 3, 3), (3, n_out, *size)))
+    for ours, own in ((winograd.convolve(x, weight), F.conv2d(x.double(), weight.double(), padding=1)),
+                      (winograd.input_gradient(G, weight), conv2d_input(x.shape, weight.double(), G.double(), padding=1))):
+        assert (ours - own).norm() < 5e-6 * own.norm() and ours.is_contiguous(memory_format=torch.channels_last)
+    assert len(packed) >= 2
 
 
 @pytest.mark.parametrize("side, most", [(40, 2e-6), (42, 5e-6)], ids=["4 outputs", "6 outputs"])
@@ -116,9 +132,11 @@ def test_with_avx512_larger_planes_and_more_channels_are_taken_by_one_thread(avx
     avx2.setattr(torch, "get_num_threads", lambda: 2)
     assert both(planes(64, 42), kernel(64)) == (False, False)
     avx2.setattr(torch, "get_num_threads", lambda: 1)
-    avx2.setattr(winograd, "is_zen5", lambda: True)
-    for channels, side, expected in ((64, 42, (False, True)), (64, 84, (False, True)), (128, 42, (True, True)),
-                                     (320, 28, (True, True)), (32, 84, (False, False)), (64, 28, (False, False))):
+    for module in (winograd, products):
+        avx2.setattr(module, "is_zen5", lambda: True)
+    for channels, side, expected in ((64, 42, (True, True)), (64, 84, (True, True)), (128, 42, (True, True)), (640, 28, (True, True)),
+                                     (256, 21, (True, True)), (128, 21, (True, False)), (100, 42, (False, True)), (32, 84, (False, False)),
+                                     (64, 28, (False, False)), (768, 28, (False, False))):
         assert both(planes(channels, side), kernel(channels)) == expected
     avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert both(planes(64, 42), kernel(64)) == (False, False)
