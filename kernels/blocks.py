@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.benchmark import time_on_cpu, time_on_gpu, why_not
-from kernels.convolutions import dtype_of, parser_with_flags, run
+from kernels.convolutions import SIDES, dtype_of, parser_with_flags, run
 from kernels.layers import batch_norm
 from kernels.pooling import norm_pool, takes_norm_pool
 
-SIDES = {"conv1": 84, "conv2": 42, "conv3": 21, "conv4": 10}             # H = W after each convolution at 84 pixels
+
 PASSES = ("forward", "first derivatives", "second derivatives")
 TOLERANCE = {"fp32": 1e-2, "tf32": 1e-2, "bf16": 0.3}       # of the norm: where two numbers of a pool, or one and zero, are as
                                                             # good as equal, rounding decides
@@ -113,8 +113,7 @@ def measure(layer: str, args: argparse.Namespace, device: torch.device) -> list[
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = parser_with_flags(__doc__, SIDES)
-    parser.add_argument("--channels", type=int, default=64, help="C")
+    parser = parser_with_flags(__doc__)
     parser.add_argument("--compiled", action="store_true", help="torch.compile too")
     args = parser.parse_args(argv)
     if min(args.images, args.channels, args.threads or 1) < 1:

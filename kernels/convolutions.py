@@ -30,7 +30,7 @@ from kernels.benchmark import describe, own_stream, select_device, time_on_cpu, 
 from kernels.block_gpu import task_convolution
 from kernels.layers import conv2d
 
-LAYERS = {"conv1": (3, 64, 84), "conv2": (64, 64, 42), "conv3": (64, 64, 21), "conv4": (64, 64, 10)}   # C, C', H = W
+SIDES = {"conv1": 84, "conv2": 42, "conv3": 21, "conv4": 10}                    # H = W of each convolution at 84 pixels
 PASSES = {"forward": 1, "first derivatives": 2, "second derivatives": 4}                  # convolutions of each
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}      # of the largest entry: float32 sums over up to N H W = 176,400
                                                             # terms leave 1e-6 to 1e-5; the others are rounded before each product
@@ -120,8 +120,9 @@ def make_data(layer: tuple[int, int, int], tasks: int, images: int, device: torc
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
     """One row a pass and form for one layer."""
-    channels, out, side = LAYERS[name]
-    data, contenders = make_data(LAYERS[name], args.tasks, args.images, device, dtype_of(args.precision)), forms(args.tasks, device.type == "cuda")
+    channels, out, side = layer = 3 if name == "conv1" else args.channels, args.channels, SIDES[name]
+    data = make_data(layer, args.tasks, args.images, device, dtype_of(args.precision))
+    contenders = forms(args.tasks, device.type == "cuda")
     check_agreement(contenders, data, args.precision)
     functions = {form: passes(contenders[form], *data) for form in contenders}
     timer, rows = time_on_gpu if device.type == "cuda" else time_on_cpu, []
@@ -138,11 +139,12 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def parser_with_flags(description: str, layers: dict) -> argparse.ArgumentParser:
+def parser_with_flags(description: str) -> argparse.ArgumentParser:
     """The flags that this command and `python -m kernels.blocks` share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--layers", nargs="+", choices=tuple(layers), default=list(layers), help="of Conv-4 at 84 pixels")
+    parser.add_argument("--layers", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="of Conv-4 at 84 pixels")
+    parser.add_argument("--channels", type=int, default=64, help="C', and C but of images")
     parser.add_argument("--images", type=int, default=25, help="N, images of a task (25: 5 ways, 5 shots)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--precision", choices=tuple(TOLERANCE), default="fp32", help="tf32: on GPUs, float32 with products of "
@@ -175,12 +177,13 @@ def run(args: argparse.Namespace, module: str, measure: Callable, more: dict, fi
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = parser_with_flags(__doc__, LAYERS)
+    parser = parser_with_flags(__doc__)
     parser.add_argument("--tasks", type=int, default=3, help="T (3: the released code's meta-batch)")
     args = parser.parse_args(argv)
-    if min(args.tasks, args.images, args.threads or 1) < 1:
-        parser.error("--tasks, --images and --threads must be at least 1")
-    run(args, "kernels.convolutions", measure, {"tasks": args.tasks, "images": args.images, "precision": args.precision},
+    if min(args.tasks, args.images, args.channels, args.threads or 1) < 1:
+        parser.error("--tasks, --images, --channels and --threads must be at least 1")
+    run(args, "kernels.convolutions", measure, {"tasks": args.tasks, "images": args.images, "channels": args.channels,
+                                                "precision": args.precision},
         lambda row: f"{row['gflops']:6.1f} GFLOP/s, {row['times_faster_than_loop']:.2f} x loop")
 
 

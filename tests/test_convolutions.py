@@ -27,7 +27,7 @@ def test_a_wrong_form_stops_the_run(scale, where):
 
 def test_command_writes_every_figure(tmp_path, capsys):
     path = tmp_path / "convolutions.json"
-    convolutions.main(["--device", "cpu", "--layers", "conv4", "--tasks", "1", "--images", "1", "--seconds", "0.01",
+    convolutions.main(["--device", "cpu", "--layers", "conv4", "--tasks", "1", "--images", "1", "--channels", "8", "--seconds", "0.01",
                        "--json", str(path)])
     written = json.loads(path.read_text())
     assert {(row["layer"], row["pass"], row["form"]) for row in written["rows"]} == {
@@ -35,11 +35,11 @@ def test_command_writes_every_figure(tmp_path, capsys):
     printed = capsys.readouterr().out
     for row in written["rows"]:
         assert row["form"] in printed and row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        flops = convolutions.PASSES[row["pass"]] * 2 * 64 * 64 * 9 * 10**2
+        flops = convolutions.PASSES[row["pass"]] * 2 * 8 * 8 * 9 * 10**2
         assert row["gflops"] * row["median_ms"] * 1e6 == pytest.approx(flops)
 
 
 def test_command_refuses_numbers_below_one(capsys):
     with pytest.raises(SystemExit):
         convolutions.main(["--tasks", "0"])
-    assert "--tasks, --images and --threads must be at least 1" in capsys.readouterr().err
+    assert "--tasks, --images, --channels and --threads must be at least 1" in capsys.readouterr().err
