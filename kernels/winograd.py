@@ -72,8 +72,8 @@ class Limits(NamedTuple):
     numbers_weights: dict   # threads: least numbers
 
 
-# Measured on EPYCs, by PyTorch's name of their instructions; all but Zen 5 with tiles of 4 x 4 alone. On Zen 5 `convolve` is 1.1
-# times as fast as PyTorch's own with 64 channels, 1.4 with 128 and 2 with 512, at 42 and 40 pixels, and 1.1 to 1.3 times at 21.
+# Measured on EPYCs, by PyTorch's name of their instructions; all but Zen 5 with tiles of 4 x 4 alone. On Zen 5 `convolve` is 1.07
+# times as fast as PyTorch's own with 64 channels, 1.3 with 128 and 1.8 with 512 (`python -m kernels.convolutions --layers conv2`).
 LIMITS = {"AVX2": Limits(128, 64, range(2 ** 12, 2 ** 14 + 1), 32, {1: 2 ** 11, 2: 2 ** 12}),
           "AVX512": Limits(320, 64, range(3000, 2 ** 17), 32, {1: 2 ** 11}),
           "Zen 5": Limits(640, 64, range(4500, 2 ** 17), 64, {1: 7000})}
