@@ -52,6 +52,11 @@ def _channels_last(x) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def per_channel(v):
+    """(C) -> (C, 1, 1), beside planes (N, C, H, W); float32 beside 16-bit ones, which promotes the sums."""
+    return v[:, None, None]
+
+
 def _laid_out_as(x, G):
     """G in the memory format of x, contiguous, so that no kernel mixes two."""
     if torch._C._functorch.is_batchedtensor(G):
@@ -184,7 +189,6 @@ class _BatchNormBackward(Function):
             return *pull_back(tuple(cotangents)), None, None, None
         G = _laid_out_as(x, G)
         n = x.numel() // x.shape[1]
-        per_channel = lambda v: v[:, None, None]      # float32 beside 16-bit activations, which promotes the sums
         zero = torch.zeros_like(sum_G)
         coefficient_G, slope, shift = (zero if p is None else r * p), zero, zero     # to x = .. G + slope x + shift + ..
         to_G = to_gamma = coefficient_U = None
@@ -237,7 +241,6 @@ def _norm_gradients(G, x, gamma, mean, r, eps):
 
 def _norm_formula(G, x, gamma, eps):
     """dx, dgamma, dbeta in elementary operations, differentiable any number of times."""
-    per_channel = lambda v: v[:, None, None]
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     r = torch.rsqrt(var + eps)
     xhat = (x - per_channel(mean)) * per_channel(r)

@@ -12,7 +12,7 @@ products are float32, and each result is rounded once.
 import torch
 from torch.autograd import Function
 
-from kernels.layers import _channels_last, _laid_out_as, _norm_formula, combine_statistics
+from kernels.layers import _channels_last, _laid_out_as, _norm_formula, combine_statistics, per_channel
 from kernels.stem import POOL
 
 CACHED = 2 ** 19                 # numbers of x that a thread works on at a time
@@ -47,14 +47,14 @@ class _NormPool(Function):
             part = part.to(wide)
             statistics.append(aten.batch_norm_update_stats(part, None, None, 0.0))
             counts.append(len(part))
-            part = part if sign is None else part * _per_channel(sign)
+            part = part if sign is None else part * per_channel(sign)
             aten.max_pool2d_with_indices.out(part, *POOL, out=part_z, indices=part_places)
         mean, var = combine_statistics(statistics, counts)
         r = torch.rsqrt(var + eps)
         if sign is not None:
-            z.mul_(_per_channel(sign))
+            z.mul_(per_channel(sign))
         scale = gamma * r
-        y = torch.addcmul(_per_channel(beta - mean * scale), z, _per_channel(scale))
+        y = torch.addcmul(per_channel(beta - mean * scale), z, per_channel(scale))
         return (y.relu_() if relu else y).to(x.dtype), z, places, mean, r
 
     @staticmethod
@@ -81,7 +81,7 @@ class _NormPoolBackward(Function):
         dgamma, dbeta = _sums(D, z, gamma, mean, r)
         n, a = x.numel() // x.shape[1], gamma * r
         slope = -a * r * dgamma / n
-        return _planes(a, D, places, -a * dbeta / n - slope * mean, (slope, x)), dgamma, dbeta
+        return _spread(a, D, places, -a * dbeta / n - slope * mean, (slope, x)), dgamma, dbeta
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -105,27 +105,27 @@ class _NormPoolBackward(Function):
             U, chosen = _laid_out_as(x, U), torch.empty_like(z)                                         # U at the winners
             sum_Ux, sum_U = _chosen_and_sums(U, x, places, gamma, mean, r, chosen)
             K = (chosen * D).sum((0, 2, 3)) - (sum_U * sum_G + sum_Ux * sum_Gx) / n
-            to_D = chosen.mul_(_per_channel(a))
+            to_D = chosen.mul_(per_channel(a))
         e, f = p - a * sum_Ux / n, -a * sum_Gx / n
-        to_D = to_D + torch.addcmul(_per_channel(q - a * sum_U / n - e * r * mean), z, _per_channel(e * r))
+        to_D = to_D + torch.addcmul(per_channel(q - a * sum_U / n - e * r * mean), z, per_channel(e * r))
         slope = -r * r * (e * sum_Gx + f * sum_Ux + gamma * r * K) / n
         shift = -r * (e * sum_G + f * sum_U) / n - slope * mean
         terms = [(slope, x)] if U is None else [(slope, x), (r * f, U)]
-        return _through_relu(to_D.to(y.dtype), y, ctx.relu).to(y.dtype), _planes(r * e, D, places, shift, *terms), r * K, *rest
+        return _through_relu(to_D.to(y.dtype), y, ctx.relu).to(y.dtype), _spread(r * e, D, places, shift, *terms), r * K, *rest
 
 
-def _planes(scale, D, places, shift, *terms):
+def _spread(scale, D, places, shift, *terms):
     """`scale` D at the winners' places, 0 elsewhere, plus `shift`, plus a number of each channel times a plane like x for each of
     `terms`, (number (C), plane (N, C, H, W)); the result is like the first of the planes."""
-    D, planes = D * _per_channel(scale), [plane for _, plane in terms]
+    D, planes = D * per_channel(scale), [plane for _, plane in terms]
     result = torch.empty_like(planes[0])
     for out, part_D, part_places, *parts in _parts(result, D, places, *planes):
         parts = [part.to(D.dtype) for part in parts]
         wide = out if out.dtype == D.dtype else torch.empty_like(out, dtype=D.dtype)
         aten.max_pool2d_with_indices_backward.grad_input(part_D, parts[0], *POOL, part_places, grad_input=wide)
         for (number, _), part in zip(terms, parts):
-            wide.addcmul_(part, _per_channel(number))
-        wide.add_(_per_channel(shift))
+            wide.addcmul_(part, per_channel(number))
+        wide.add_(per_channel(shift))
         if wide is not out:
             out.copy_(wide)
     return result
@@ -172,7 +172,3 @@ def _halved(x, dtype):
 
 def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
-
-
-def _per_channel(v):
-    return v[:, None, None]

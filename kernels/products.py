@@ -83,8 +83,8 @@ def takes_grouped(x: Tensor, *channels: int) -> bool:
 def grouped_product(matrices: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
     """x -> x[:, g] matrices[g] for each g, without derivatives: matrices (G, k, n), x (rows, G, k) -> (rows, G, n), float32.
 
-    It is oneDNN's 1 x 1 convolution of G groups, with weights that are packed once, here; for itself PyTorch would pack them at
-    each call, which takes three times as long as to multiply.
+    It is oneDNN's 1 x 1 convolution of G groups, with weights that are packed once, here; PyTorch's own call packs them each
+    time, which takes longer than to multiply.
     """
     groups, k, n = matrices.shape
     form = [0, 0], [1, 1], [1, 1], groups                                                          # padding, stride, dilation

@@ -79,7 +79,7 @@ LIMITS = {"AVX2": Limits(128, 64, range(2 ** 12, 2 ** 14 + 1), 32, {1: 2 ** 11, 
           "Zen 5": Limits(640, 64, range(4500, 2 ** 17), 64, {1: 7000})}
 
 
-ROWS = 100              # tiles, at least, of as many images as that takes, in one of oneDNN's products: fewer take it longer
+ROWS = 100              # tiles, about, of as many images as that takes, in one of oneDNN's products, which is slower with fewer
 
 
 def pays(x, weight) -> bool:

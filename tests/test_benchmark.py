@@ -73,6 +73,13 @@ def test_operations_of_a_linear_layer_by_onednn(rows):
     assert counter.flops == 3 * 2 * rows * 7 * 5
 
 
+@pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
+def test_operations_of_a_product_of_groups_by_onednn():
+    with benchmark.FlopCounter() as counter:
+        products.grouped_product(torch.randn(4, 16, 32), rows=9)(torch.randn(9, 4, 16))
+    assert counter.flops == 2 * 9 * 4 * 16 * 32
+
+
 def test_where_many_devices_saturate():
     case = {"trainable_numbers": 10**6, "meta_batch": 2,
             "contenders": {"ours": {"seconds_per_episode": {"median": 0.5}}, "naive": {"seconds_per_episode": {"median": 9.0}}}}

@@ -110,7 +110,7 @@ def test_sixteen_bits_cost_no_more_than_layer_by_layer():
     narrow = [x.detach().bfloat16().requires_grad_(), *rest]
     layer_by_layer = functools.partial(plain, norm=batch_norm)
     assert {t.dtype for t in (norm_pool(*narrow), *torch.autograd.grad(norm_pool(*narrow).sum(), narrow[0]))} == {torch.bfloat16}
-    assert sum(errors(norm_pool, narrow, exact)) < 1.2 * sum(errors(layer_by_layer, narrow, exact))
+    assert sum(errors(norm_pool, narrow, exact)) < 1.1 * sum(errors(layer_by_layer, narrow, exact))     # both round at random; 1.00 seen
 
 
 def test_gradients_are_channels_last():
